@@ -1,0 +1,1 @@
+"""Transfer learning in JAX: parameters are data, transfer is tree surgery, training is one step."""

@@ -1,0 +1,115 @@
+"""The command line: one verb each, thin."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+EXAMPLES = """examples:
+  tljax train --config=configs/digits.py --workdir=runs/digits
+  tljax train --config=configs/fashion_dinov2.py:lora --workdir=runs/lora --config.optim.lr=1e-3
+  tljax eval runs/lora --data=fashion
+  tljax predict runs/lora photos/ --out=preds.jsonl
+"""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Describe the verbs and their options."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(
+        "tljax", description="Transfer learning in JAX.", epilog=EXAMPLES, formatter_class=formatter
+    )
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--debug", action="store_true", help="show tracebacks of input errors")
+    config = argparse.ArgumentParser(add_help=False)
+    config.add_argument(
+        "--config",
+        required=True,
+        metavar="FILE[:WORD]",
+        help="a Python file with get_config(); WORD is its argument, mostly a strategy; "
+        "change any key with --config.KEY=VALUE",
+    )
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
+    add = lambda name, text, *parents: verbs.add_parser(  # noqa: E731 - one line a verb
+        name, help=text, description=text, parents=[common, *parents]
+    )
+    train = add("train", "train, or go on with, a run in a folder", config)
+    train.add_argument("--workdir", required=True, type=Path, help="folder of the run")
+    add("inspect", "print the tables and the plan of a config, without training", config)
+    evaluate = add("eval", "evaluate a finished run again, or on other data with the same labels")
+    evaluate.add_argument("workdir", type=Path, help="folder of the run")
+    evaluate.add_argument("--data", help="another data set, image folder or text file")
+    evaluate.add_argument("--split", default="test", choices=("validation", "test"))
+    predict = add("predict", "label images or texts with a finished run")
+    predict.add_argument("workdir", type=Path, help="folder of the run")
+    predict.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="files or folders")
+    predict.add_argument("--out", type=Path, default=Path("preds.jsonl"), help="JSONL to write")
+    demo = add("demo", "adapt real weights to real data by every strategy, and compare")
+    demo.add_argument("--out", type=Path, default=Path("demo"), help="folder for table and plot")
+    demo.add_argument("--fast", action="store_true", help="a check of a minute or two, not a result")
+    return parser
+
+
+def overrides_of(rest: Sequence[str], parser: argparse.ArgumentParser) -> dict[str, str]:
+    """Read --config.KEY=VALUE arguments; anything else unknown ends the program."""
+    found = {}
+    for word in rest:
+        key, equals, value = word.removeprefix("--config.").partition("=")
+        if not word.startswith("--config.") or not equals:
+            parser.error(f"unknown argument {word}; a config key is set by --config.KEY=VALUE")
+        found[key] = value
+    return found
+
+
+def run(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
+    """Do what the verb says."""
+    # Imported late, so that --help and a misspelt verb answer at once.
+    from tljax import demo, inference, train
+    from tljax.build import build, precision, read_config
+    from tljax.caching import use_compilation_cache
+
+    use_compilation_cache()
+    if arguments.verb in ("train", "inspect"):
+        config = read_config(arguments.config, overrides)
+        with precision(config):
+            experiment = build(config)
+            if arguments.verb == "train":
+                print(json.dumps(train.train(experiment, arguments.workdir), indent=2))
+            else:
+                print(train.tables(experiment))
+                print(train.plan(experiment, train.compile_step(experiment)))
+    elif arguments.verb == "eval":
+        scores = inference.evaluate_run(arguments.workdir, arguments.split, arguments.data)
+        print(json.dumps(scores, indent=2))
+    elif arguments.verb == "predict":
+        count = inference.predict_run(arguments.workdir, arguments.paths, arguments.out)
+        print(f"{count} predictions in {arguments.out}")
+    else:
+        demo.run(arguments.out, arguments.fast)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns 0, or 2 for bad input."""
+    parser = make_parser()
+    arguments, rest = parser.parse_known_args(argv)
+    overrides = overrides_of(rest, parser)
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    from tljax.types import BadInput
+
+    try:
+        run(arguments, overrides)
+    except BadInput as error:
+        if arguments.debug:
+            raise
+        print(f"tljax: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("tljax: interrupted; the same command goes on from the last save", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,206 @@
+"""From a config to an experiment: the only reader of configs, every name in a literal table."""
+
+import inspect
+import typing
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property, partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_collections
+from flax import linen as nn
+from jax.sharding import Mesh, NamedSharding
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from tljax import objectives, optim, sharding
+from tljax.config import Config, parse
+from tljax.data.pipeline import Pipeline, open_pipeline
+from tljax.edits.load import Report, load
+from tljax.models.bert import Bert
+from tljax.models.resnet import ResNet
+from tljax.models.vit import ViT
+from tljax.source import open_source
+from tljax.state import Roles, State, apply_edits, assign_roles, make_birth, optimizer_specs
+from tljax.step import Shardings, Step, make_step
+from tljax.strategies import STRATEGIES, Average, Strategy
+from tljax.tree import flatten, nearest, split
+from tljax.types import BadInput, Edit, Tree
+from tljax.weights import Source
+
+MODELS: dict[str, type[nn.Module]] = {"vit": ViT, "resnet": ResNet, "bert": Bert}
+RESERVED = {"parent", "name", "dtype", "num_classes", "mlm", "tokens", "tree", "source", "read"}
+
+
+def pick(table: Mapping[str, Any], name: str, what: str) -> Any:
+    """Look a name up in a table; raises BadInput with the nearest names."""
+    if name not in table:
+        raise BadInput(f"unknown {what} {name!r}; did you mean {nearest(name, table)}?")
+    return table[name]
+
+
+def check_options(function: Callable[..., Any], options: Mapping[str, Any], where: str) -> None:
+    """Check option names and types against a signature; raises BadInput for what does not fit."""
+    hints = typing.get_type_hints(function.__init__ if inspect.isclass(function) else function)
+    known = [name for name in inspect.signature(function).parameters if name not in RESERVED]
+    strict = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
+    for name, value in options.items():
+        if name not in known:
+            raise BadInput(f"{where} has no {name!r}; did you mean {nearest(name, known)}?")
+        try:
+            TypeAdapter(hints.get(name, Any), config=strict).validate_python(value)
+        except ValidationError as error:
+            reason = error.errors()[0]["msg"]
+            raise BadInput(f"{where}.{name}: {reason} (given {value!r})") from None
+        if isinstance(value, int | float) and value < 0:
+            raise BadInput(f"{where}.{name} must not be negative (given {value!r})")
+
+
+def from_config_dict(config: ml_collections.ConfigDict) -> Config:
+    """Check a ConfigDict against the schema."""
+    return parse(config.to_dict())
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """Everything a run needs, decided and checked; nothing is compiled yet."""
+
+    config: Config
+    model: nn.Module
+    facts: dict[str, Any]
+    task: str
+    data: Pipeline
+    mesh: Mesh
+    tree: Tree
+    roles: Roles
+    specs: Tree
+    shardings: Shardings
+    edits: tuple[Edit, ...]
+    birth: Callable[[], tuple[State, Tree]]
+    abstract: tuple[State, Tree]
+    step: Step
+    predict: Callable[[Tree, Any], dict[str, jax.Array]]
+    report: Report | None
+    digest: str
+
+
+def make_model(config: Config, source: Source | None, pipeline: Pipeline, task: str) -> Any:
+    """Build the model and the facts that describe it: source's fields, then the config's."""
+    overrides = {name: value for name, value in config.model.items() if name != "name"}
+    name = source.arch if source else config.model["name"]
+    if config.model.get("name", name) != name:
+        raise BadInput(f"weights {config.weights} are a {name}, not a {config.model['name']}")
+    kind = pick(MODELS, name, "model")
+    check_options(kind, overrides, "model")
+    fields = pipeline.model_fields(name) | (dict(source.fields) if source else {}) | overrides
+    own = {"num_classes": pipeline.num_outputs if task != "mlm" else None}
+    own |= {"mlm": task == "mlm", "tokens": task == "tag"} if name == "bert" else {}
+    model = kind(**fields, **own, dtype=jnp.dtype(config.precision.compute))
+    return model, {"name": name, "fields": fields, "own": own}
+
+
+def load_edit(source: Source, abstract: Tree, labels: Any) -> tuple[tuple[Edit, ...], Report]:
+    """Match a source to the model's tree; heads for other labels start fresh."""
+    same_task = labels is not None and source.labels == labels
+    have, want = flatten(source.tree), flatten(abstract)
+    heads = [path for path in {**have, **want} if path.split("/")[1] in ("head", "mlm", "pooler")]
+    fresh = [
+        (path, "head of a new task" if path in have else "not in the source")
+        for path in heads
+        if path in want and (path not in have or ("/head/" in path and not same_task))
+    ]
+    named = {path for path, _ in fresh}
+    ignored = [
+        (path, "the model has no such head") for path in heads if path in have and path not in want
+    ] + [(path, "head of another task") for path in heads if path in have and path in named]
+    edit, report = load(source.tree, abstract, fresh=fresh, ignored=ignored)
+    return (edit,), report
+
+
+def build(config: Config) -> Experiment:
+    """Decide and check everything a run needs; raises BadInput before anything is compiled."""
+    mesh = sharding.make_mesh(**config.mesh.model_dump())
+    sharding.check_batch(config.run.batch, mesh, config.run.microbatches)
+    pick(STRATEGIES, config.strategy.name, "strategy")
+    source = open_source(config.weights) if config.weights else None
+    pipeline = open_pipeline(config.data, config.task, source, config.run, config.seed)
+    task = pipeline.task
+    model, facts = make_model(config, source, pipeline, task)
+    facts |= {"preprocess": pipeline.preprocess, "labels": pipeline.labels, "task": task}
+    batch = pipeline.example_batch()
+    init = partial(init_model, model, batch)
+    key = jax.random.key(config.seed)
+    tree = jax.eval_shape(init, key)
+    source_edits, report = load_edit(source, tree, pipeline.labels) if source else ((), None)
+    strategy = make_strategy(config, tree, source_edits, getattr(model, "read", None))
+    tree = jax.eval_shape(partial(apply_edits, strategy.edits), tree, key)
+    objective = objectives.add(objectives.make_objective(task, model), *strategy.terms)
+    if config.run.ema:
+        objective = objectives.average(objective, config.run.ema ** (1 / config.run.microbatches))
+    roles = assign_roles(tree, config.roles, strategy.roles, objective, batch, key)
+    parts = split(tree, roles.tree)
+    optimizer = config.optim.model_dump() | {"steps": config.run.steps, "groups": strategy.groups}
+    tx = optim.make_tx(parts.train, **optimizer)
+    birth = make_birth(init, roles.tree, tx, jnp.dtype(config.precision.compute))
+    abstract = jax.eval_shape(birth, strategy.edits, key)
+    specs = sharding.specs(tree, mesh, config.specs)
+    shardings = make_shardings(mesh, specs, roles.tree, tx, abstract[0])
+    with_sharding = jax.jit(birth, out_shardings=(shardings.state, shardings.frozen))
+    predict = objectives.make_predict(task, model)
+    return Experiment(
+        config=config,
+        model=model,
+        facts=facts,
+        task=task,
+        data=pipeline,
+        mesh=mesh,
+        tree=tree,
+        roles=roles,
+        specs=specs,
+        shardings=shardings,
+        edits=strategy.edits,
+        birth=partial(with_sharding, strategy.edits, key),
+        abstract=place(abstract, (shardings.state, shardings.frozen)),
+        step=make_step(objective, tx, config.seed, shardings, config.run.microbatches),
+        predict=jax.jit(predict, out_shardings=shardings.scalar),
+        report=report,
+        digest=source.digest if source else "",
+    )
+
+
+def init_model(model: nn.Module, batch: Any, key: jax.Array) -> Tree:
+    """Create the model's variables from a key; `batch` gives shapes alone."""
+    like = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), objectives.inputs_of(batch))
+    return model.init(key, *like)
+
+
+def make_strategy(
+    config: Config, tree: Tree, source: tuple[Edit, ...], read: str | None
+) -> Strategy:
+    """Apply the strategy's name and options to the tree; an average is one more edit and role."""
+    function = pick(STRATEGIES, config.strategy.name, "strategy")
+    check_options(function, config.strategy.options(), f"strategy {config.strategy.name}")
+    strategy = function(tree, source, read, **config.strategy.options())
+    if not config.run.ema:
+        return strategy
+    edits = (*strategy.edits, Average())
+    return Strategy(edits, (*strategy.roles, ("ema/**", "track")), strategy.groups, strategy.terms)
+
+
+def make_shardings(mesh: Mesh, specs: Tree, roles: Tree, tx: Any, state: State) -> Shardings:
+    """Give state, frozen tree, batch and scalars their places; optimizer leaves follow parameters."""
+    scalar = sharding.on(mesh, sharding.REPLICATED)
+    parts = split(sharding.on(mesh, specs), roles)
+    opt = optimizer_specs(tx, state.opt, parts.train, scalar)
+    placed = State(scalar, parts.train, parts.track, opt)
+    return Shardings(placed, parts.freeze, sharding.on(mesh, sharding.BATCH), scalar)
+
+
+def place(abstract: Any, shardings: Any) -> Any:
+    """Attach shardings to shapes, so that a checkpoint can be read onto them."""
+    return jax.tree.map(
+        lambda leaf, own: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=own),
+        abstract,
+        shardings,
+    )

@@ -1,0 +1,229 @@
+"""What a run keeps on disk, and the only place of orbax.
+
+run/checkpoints/<step>/              the state, by orbax: a temporary folder, renamed when complete
+run/checkpoints/<step>/files.json    size and checksum of every file, so that damage has a name
+run/frozen/<digest>.safetensors      what never moves: written once, named by its content
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import safetensors.numpy
+from jax.experimental import multihost_utils
+from orbax.checkpoint.checkpoint_managers import LatestN
+
+from tljax.tree import flatten, join, map_with_path, nearest, unflatten
+from tljax.types import BadInput, Tree
+
+SEAL = "files.json"
+
+
+class Checkpoints:
+    """The saved steps of one run, and beside them its frozen tree.
+
+    The `keep` newest steps stay.  None opens the folder to read: nothing is created or cleaned.
+    """
+
+    def __init__(self, folder: str | Path, keep: int | None = None):
+        self.folder = Path(folder).absolute()
+        if keep is None and not self.folder.is_dir():
+            raise BadInput(f"no checkpoints in {self.folder}: it does not exist")
+        options = ocp.CheckpointManagerOptions(
+            preservation_policy=LatestN(keep),
+            create=keep is not None,
+            cleanup_tmp_directories=keep is not None,
+        )
+        self._manager = ocp.CheckpointManager(self.folder, options=options)
+        self._frozen: str | None = None
+        self._unsealed: Path | None = None
+
+    def steps(self) -> list[int]:
+        """List the complete steps, oldest first."""
+        return sorted(self._manager.all_steps())
+
+    def latest(self) -> int | None:
+        """Return the newest complete step, None if there is none."""
+        return max(self.steps(), default=None)
+
+    def save(self, step: int, state: Any) -> None:
+        """Write the state in the background; a step that is already saved stays as it is.
+
+        Raises: BadInput for a step before the newest one, and whatever made the last save fail.
+        """
+        self.wait()
+        newest = self.latest()
+        if newest is not None and step < newest:
+            raise BadInput(f"{self.folder} has step {newest}, later than {step}: resume from it")
+        if step != newest:
+            args = ocp.args.Composite(state=ocp.args.StandardSave(state))
+            self._manager.save(step, args=args, custom_metadata={"frozen": self._frozen})
+            self._unsealed = self.folder / str(step)
+
+    def wait(self) -> None:
+        """Block until the save in progress is complete; raises what made it fail."""
+        unsealed, self._unsealed = self._unsealed, None
+        self._manager.wait_until_finished()
+        if unsealed and jax.process_index() == 0:
+            write_json(unsealed / SEAL, _checksums(unsealed))
+
+    def close(self) -> None:
+        """Finish the save in progress and stop the threads behind it."""
+        with contextlib.closing(self._manager):
+            self.wait()
+
+    def restore(self, abstract: Any, step: int | None = None) -> Any:
+        """Read a state, bitwise as saved, onto the shardings of `abstract` (newest step if None).
+
+        Raises: BadInput for a step that is missing, damaged or of another structure.
+        """
+        with self._reading(step) as (found, path):
+            stored = ocp.PyTreeCheckpointHandler().metadata(path).tree
+            _require_equal(stored, abstract)
+            args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
+            return self._manager.restore(found, args=args)["state"]
+
+    def read(self, step: int | None = None) -> Tree:
+        """Read the model tree of a step, frozen leaves included, as numpy arrays."""
+        with self._reading(step) as (found, path):
+            handler = ocp.PyTreeCheckpointHandler()
+            stored = handler.metadata(path).tree
+            wanted = {name: stored[name] for name in ("params", "track")}
+            kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+            args = ocp.args.PyTreeRestore(wanted, restore_args=kinds, partial_restore=True)
+            parts = handler.restore(path, args=args)
+            digest = (self._manager.metadata(found).custom_metadata or {}).get("frozen")
+            frozen = unflatten(_load_verified(self._frozen_file(digest))) if digest else {}
+        return unflatten(flatten(join(parts["params"], parts["track"], frozen)))
+
+    def save_frozen(self, tree: Tree) -> str:
+        """Write the frozen leaves once, whole or not at all, and return their digest."""
+        content = safetensors.numpy.save({k: _on_host(leaf) for k, leaf in flatten(tree).items()})
+        self._frozen = hashlib.sha256(content).hexdigest()[:32]
+        path = self._frozen_file(self._frozen)
+        if jax.process_index() == 0 and not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            _write(path, content)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("frozen tree saved")
+        return self._frozen
+
+    def load_frozen(self, digest: str, abstract: Tree) -> Tree:
+        """Read the frozen leaves onto the shardings of `abstract`; its holes stay holes.
+
+        Raises: BadInput if the file is missing, differs from its digest or from `abstract`.
+        """
+        leaves = _load_verified(self._frozen_file(digest))
+        _require_equal(unflatten(leaves), abstract)
+        self._frozen = digest
+
+        def place(path: str, leaf: Any) -> jax.Array:
+            return jax.make_array_from_callback(leaf.shape, leaf.sharding, leaves[path].__getitem__)
+
+        return map_with_path(place, abstract)
+
+    def _frozen_file(self, digest: str) -> Path:
+        return self.folder.parent / "frozen" / f"{digest}.safetensors"
+
+    @contextlib.contextmanager
+    def _reading(self, step: int | None) -> Iterator[tuple[int, Path]]:
+        """Find a saved step (the newest for None) and its state; failures name step and file."""
+        self.wait()
+        found = self.latest() if step is None else step
+        others = ", ".join(str(other) for other in self.steps() if other != found) or "none"
+        if found is None or found not in self.steps():
+            raise BadInput(f"no checkpoint of step {step} in {self.folder}; saved steps: {others}")
+        folder = self.folder / str(found)
+        try:
+            _require_undamaged(folder)
+            yield found, self._manager.directory / str(found) / "state"
+        except Exception as error:  # tensorstore raises a bare Exception with a page of text
+            raise BadInput(
+                f"checkpoint of step {found}, {folder}: {str(error).splitlines()[0][:300]}\n"
+                f"nothing was changed; move the folder away to use another step: {others}"
+            ) from error
+
+
+def read_tree(path: str | Path) -> Tree:
+    """Read the arrays of a run, of one of its steps, or of a frozen file, as numpy.
+
+    Raises: BadInput if `path` is none of the three.
+    """
+    path = Path(path).absolute()
+    if path.suffix == ".safetensors":
+        return unflatten(_load_verified(path))
+    is_step = path.name.isdigit() and (path / "state").is_dir()
+    folder, step = (path.parent, int(path.name)) if is_step else (path / "checkpoints", None)
+    with contextlib.closing(Checkpoints(folder)) as checkpoints:
+        return checkpoints.read(step)
+
+
+def write_json(path: str | Path, content: Any) -> None:
+    """Write a document whole or not at all; of several processes the first one writes."""
+    if jax.process_index() == 0:
+        _write(Path(path), f"{json.dumps(content, indent=2)}\n".encode())
+
+
+def _write(path: Path, content: bytes) -> None:
+    temporary = path.with_name(f"{path.name}.tmp")
+    with open(temporary, "wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _checksums(folder: Path) -> dict[str, str]:
+    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != SEAL]
+    contents = ((str(file.relative_to(folder)), file.read_bytes()) for file in files)
+    return {name: f"{len(data)} bytes, crc32 {zlib.crc32(data):08x}" for name, data in contents}
+
+
+def _require_undamaged(folder: Path) -> None:
+    if (folder / SEAL).exists():  # absent after a kill right after the rename: orbax checks alone
+        found = _checksums(folder)
+        for name, written in json.loads((folder / SEAL).read_text()).items():
+            if found.get(name) != written:
+                raise BadInput(f"{name} is {found.get(name, 'missing')}; written were {written}")
+
+
+def _require_equal(stored: Tree, wanted: Any) -> None:
+    """Compare leaf by leaf: orbax alone would cast a leaf of another dtype in silence."""
+
+    def kinds(tree: Any) -> dict[str, str]:
+        leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+        name = {path: jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves}
+        return {name[path]: f"{np.dtype(leaf.dtype)}{list(leaf.shape)}" for path, leaf in leaves}
+
+    have, want = kinds(stored), kinds(wanted)
+    for name in sorted(want.keys() | have.keys()):
+        if want.get(name) != have.get(name):
+            raise BadInput(
+                f"does not fit this run: {name} is {have.get(name, 'absent')} on disk and"
+                f" {want.get(name, 'absent')} here; nearest on disk: {nearest(name, have)}"
+            )
+
+
+def _on_host(leaf: Any) -> np.ndarray:
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        leaf = multihost_utils.process_allgather(leaf, tiled=True)
+    return np.require(jax.device_get(leaf), requirements="C")
+
+
+def _load_verified(path: Path) -> dict[str, np.ndarray]:
+    there = ", ".join(sorted(file.name for file in path.parent.glob("*.safetensors")))
+    if not path.exists():
+        raise BadInput(f"no frozen tree {path}; its folder holds: {there or 'nothing'}")
+    with open(path, "rb") as file:
+        found = hashlib.file_digest(file, "sha256").hexdigest()[:32]
+    if found != path.stem:
+        raise BadInput(f"frozen tree {path} is damaged: its content is not what it is named by")
+    return safetensors.numpy.load_file(path)

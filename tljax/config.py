@@ -1,0 +1,169 @@
+"""The schema of a run: every key a config file may hold, with its type, range, unit and default.
+
+A config file names only what differs from these defaults.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from tljax.tree import nearest
+from tljax.types import BadInput
+
+Positive = Annotated[int, Field(gt=0)]
+Count = Annotated[int, Field(ge=0)]
+Rate = Annotated[float, Field(ge=0)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """A part of the schema: unknown keys, wrong types and non-finite numbers are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Named(BaseModel):
+    """A name and the options of what it names; the options are checked where they are used."""
+
+    model_config = ConfigDict(extra="allow", frozen=True, strict=True, allow_inf_nan=False)
+    name: str
+
+    def options(self) -> dict[str, Any]:
+        """Return everything but the name."""
+        return dict(self.model_extra or {})
+
+
+class Augment(Section):
+    """Random changes of training images; each is off by default."""
+
+    crop_scale: tuple[float, float] | None = None  # area range of a random resized crop (fraction)
+    flip: bool = False  # horizontal, with probability 1/2
+    randaugment: tuple[int, int] | None = None  # (operations, magnitude of 0 to 30)
+    erase: Fraction = 0.0  # probability of random erasing
+    mixup: Rate = 0.0  # alpha of the Beta distribution; labels become soft
+    cutmix: Rate = 0.0  # alpha; with both, one of the two is drawn for each batch
+    smoothing: Fraction = 0.0  # label smoothing
+
+
+class Data(Section):
+    """What to learn from.  `name` is a data set, `tfds:NAME`, an image folder or a text file."""
+
+    name: str
+    labels: Positive | None = None  # label budget: this many training examples, stratified, nested
+    validation: Annotated[int, Field(gt=0)] | Annotated[float, Field(gt=0, lt=1)] = 0.1
+    test: str = "test"
+    columns: dict[str, str] = {}  # for text files: {"text": ..., "text_b": ..., "label": ...}
+    image_size: Positive = 224  # pixels
+    length: Positive = 128  # tokens, at most
+    vocab: Positive = 8192  # WordPiece entries, when no pretrained tokenizer is given
+    augment: Augment = Augment()
+    seed: Count = 0  # of the validation split and the label budget
+
+
+class Optim(Section):
+    """The optimizer and its schedule."""
+
+    name: Literal["adamw", "sgd", "lion"] = "adamw"
+    lr: Annotated[float, Field(gt=0)] = 1e-3  # peak
+    decay: Rate = 0.0  # decoupled weight decay, kernels and embeddings only
+    clip: Annotated[float, Field(gt=0)] | None = 1.0  # global norm of the trainable gradients
+    warmup: Count = 0  # steps
+    fall: Literal["cosine", "linear", "constant"] = "cosine"
+    beta1: Fraction = 0.9
+    beta2: Fraction = 0.999
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    momentum: Fraction = 0.9
+
+
+class Run(Section):
+    """How long, how large, how often."""
+
+    steps: Positive = 1000
+    batch: Positive = 64  # examples, over all devices
+    microbatches: Positive = 1  # the batch's gradient is accumulated over so many parts
+    log_every: Positive = 20  # steps
+    eval_every: Positive | None = None  # steps; None: at the end only
+    save_every: Positive | None = None  # steps; None: at the end only
+    keep: Positive = 2  # checkpoints
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None  # decay of the parameters' average
+    threads: Count = 4  # of the data loader
+
+
+class MeshShape(Section):
+    """Devices by axis; one may be -1, meaning the rest."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+class Precision(Section):
+    """Parameters are float32; compute is chosen here; reductions and losses are float32."""
+
+    compute: Literal["float32", "bfloat16"] = "float32"
+    matmul: Literal["default", "high", "highest"] = "default"
+
+
+class Config(Section):
+    """A whole run."""
+
+    data: Data
+    task: Literal["classify", "multilabel", "regress", "tag", "mlm"] | None = None  # by the data
+    weights: str | None = None  # a name, a Hugging Face folder, or a finished run's workdir
+    model: dict[str, Any] = {}  # {"name": "vit", ...fields}; with weights: fields to override
+    strategy: Named = Named(name="full")
+    roles: tuple[tuple[str, Literal["train", "track", "freeze"]], ...] = ()  # before the strategy's
+    specs: tuple[tuple[str, tuple[str | None, ...]], ...] = ()  # sharding rules by path
+    optim: Optim = Optim()
+    run: Run = Run()
+    mesh: MeshShape = MeshShape()
+    precision: Precision = Precision()
+    seed: Count = 0
+
+    @model_validator(mode="after")
+    def _has_a_model(self) -> "Config":
+        if self.weights is None and "name" not in self.model:
+            raise ValueError("give weights, or model.name to start from random initialisation")
+        if self.optim.warmup >= self.run.steps and self.optim.warmup > 0:
+            raise ValueError(
+                f"optim.warmup ({self.optim.warmup} steps) must be shorter than run.steps"
+                f" ({self.run.steps})"
+            )
+        return self
+
+
+def _tuples(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _tuples(child) for key, child in value.items()}
+    return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
+
+
+def keys_at(location: tuple[Any, ...]) -> list[str]:
+    """List the keys the schema knows in the section at `location`."""
+    section: Any = Config
+    for name in location:
+        field = section.model_fields.get(name) if hasattr(section, "model_fields") else None
+        section = field.annotation if field else None
+    return list(section.model_fields) if hasattr(section, "model_fields") else []
+
+
+def parse(values: dict[str, Any]) -> Config:
+    """Check plain values against the schema.
+
+    Raises: BadInput naming each wrong key (at most three), what it holds and what fits.
+    """
+    try:
+        return Config.model_validate(_tuples(values))
+    except ValidationError as error:
+        lines = []
+        for item in error.errors()[:3]:
+            place = ".".join(str(part) for part in item["loc"])
+            if item["type"] == "extra_forbidden":
+                *parents, name = item["loc"]
+                known = keys_at(tuple(parents))
+                lines.append(f"unknown key {place}; did you mean {nearest(str(name), known)}?")
+            else:
+                given = "" if item["type"] == "missing" else f" (given {item['input']!r})"
+                where = f"{place}: " if place else ""
+                lines.append(f"{where}{item['msg']}"[:200] + (given if place else ""))
+        raise BadInput("config: " + "\n  ".join(lines)) from None

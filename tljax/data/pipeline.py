@@ -1,0 +1,211 @@
+"""A data set made ready for one model: opened, split, budgeted, encoded, batched."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from tljax.config import Data
+from tljax.data.augment import AugmentImage, MixImages
+from tljax.data.loader import Transform, cached, eval_batches, train_batches
+from tljax.data.sources import Info, Rows, Source, Splits, open_data, subset
+from tljax.data.tokens import MaskTokens, Tokenizer, encode, encode_splits, pack, train_wordpiece
+from tljax.data.transforms import IMAGENET_MEAN, IMAGENET_STD, FitImage, Normalise
+from tljax.types import BadInput, Batch
+
+VOCABULARY_TEXTS = 50_000  # texts that a new WordPiece vocabulary is learnt from
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """Batches of each part of a data set, and what a model must know about them."""
+
+    splits: Splits
+    task: str
+    batch: int
+    seed: int
+    threads: int
+    prepare: Callable[[dict], dict] | None
+    train_transform: Transform | None
+    eval_transform: Transform | None
+    mix: Transform | None
+    preprocess: dict[str, Any] | None
+    tokenizer: Tokenizer | None
+
+    @property
+    def labels(self) -> tuple[str, ...] | None:
+        """Name the classes."""
+        return self.splits.info.names
+
+    @property
+    def num_outputs(self) -> int | None:
+        """Count the outputs of a head for this data."""
+        return self.splits.info.num_outputs
+
+    @cached_property
+    def _train(self) -> Source:
+        return cached(self.splits.train, None if self.train_transform_crops else self.prepare)
+
+    @property
+    def train_transform_crops(self) -> bool:
+        """Tell whether training crops at random, and so wants the whole image."""
+        return getattr(self.train_transform, "crop", None) is not None
+
+    def train_batches(self, start: int = 0) -> Iterator[Batch]:
+        """Yield this process's training batches without end, from any step at once."""
+        return train_batches(
+            self._train,
+            self.train_transform,
+            self.batch,
+            self.seed,
+            mix=self.mix,
+            start_step=start,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            threads=self.threads,
+        )
+
+    def eval_batches(self, split: str) -> Iterator[Batch]:
+        """Yield every example of the validation or test part once, padded at the end."""
+        parts = {"validation": self.splits.validation, "test": self.splits.test}
+        return self.batches_of(parts[split])
+
+    def batches_of(self, source: Source) -> Iterator[Batch]:
+        """Yield every example of any source once, prepared as in evaluation."""
+        return eval_batches(
+            cached(source, self.prepare),
+            self.eval_transform,
+            self.batch,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+            threads=self.threads,
+        )
+
+    @cached_property
+    def _example(self) -> dict[str, jax.ShapeDtypeStruct]:
+        batch = next(self.train_batches())
+        rows = jax.process_count()
+        return {
+            name: jax.ShapeDtypeStruct((leaf.shape[0] * rows, *leaf.shape[1:]), leaf.dtype)
+            for name, leaf in batch.items()
+        }
+
+    def example_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
+        """Describe the global batch by shapes."""
+        return self._example
+
+    def save_tokenizer(self, folder: Path) -> str | None:
+        """Write the tokenizer into a run's folder, so that the run needs nothing else."""
+        if self.tokenizer is None:
+            return None
+        self.tokenizer.save(folder / "tokenizer.json")
+        return "tokenizer.json"
+
+
+def open_pipeline(
+    data: Data,
+    task: str | None,
+    *,
+    preprocess: Mapping[str, Any] | None,
+    tokenizer: Path | None,
+    batch: int,
+    threads: int,
+    seed: int,
+) -> Pipeline:
+    """Open data for a model whose source brings `preprocess` or a `tokenizer`, or neither.
+
+    Raises: BadInput for data that are not there, or a task that their labels do not fit.
+    """
+    splits = open_data(
+        data.name,
+        validation=data.validation,
+        test=data.test,
+        seed=data.seed,
+        columns=data.columns,
+    )
+    found = choose_task(task, splits.info, data.name)
+    if data.labels:
+        splits = splits._replace(train=subset(splits.train, data.labels, data.seed))
+    common = {"task": found, "batch": batch, "seed": seed, "threads": threads}
+    if splits.info.kind == "image":
+        return _images(data, splits, dict(preprocess or {}), common)
+    return _texts(data, splits, tokenizer, common)
+
+
+def choose_task(task: str | None, info: Info, name: str) -> str:
+    """Take the task the labels imply, unless another is asked for that they can serve."""
+    able = {info.task} if info.task else set()
+    able |= {"mlm"} if info.kind == "text" else set()
+    if task is None and info.task is None:
+        task = "mlm" if "mlm" in able else None
+    task = task or info.task
+    if task not in able:
+        raise BadInput(f"task {task!r} does not fit data {name!r}; it can serve {sorted(able)}")
+    return task
+
+
+def _images(data: Data, splits: Splits, preprocess: dict[str, Any], common: Any) -> Pipeline:
+    size, augment = data.image_size, data.augment
+    mean = tuple(preprocess.get("mean", IMAGENET_MEAN))
+    std = tuple(preprocess.get("std", IMAGENET_STD))
+    train = AugmentImage(
+        size=size,
+        mean=mean,
+        std=std,
+        crop=augment.crop_scale,
+        flip=0.5 * augment.flip,
+        rand_augment=augment.randaugment,
+        erase=augment.erase,
+    )
+    softens = augment.mixup or augment.cutmix or augment.smoothing
+    if softens and common["task"] != "classify":
+        raise BadInput(f"mixup, cutmix and smoothing are for classify, not {common['task']}")
+    mixing = {"mixup": augment.mixup, "cutmix": augment.cutmix, "smoothing": augment.smoothing}
+    return Pipeline(
+        splits=splits,
+        prepare=FitImage(size, size),
+        train_transform=train,
+        eval_transform=Normalise(mean, std),
+        mix=MixImages(len(splits.info.names), **mixing) if softens else None,
+        preprocess={"size": size, "mean": mean, "std": std},
+        tokenizer=None,
+        **common,
+    )
+
+
+def _texts(data: Data, splits: Splits, vocabulary: Path | None, common: Any) -> Pipeline:
+    if vocabulary is not None:
+        tokenizer = Tokenizer.from_file(vocabulary, data.length)
+    else:
+        count = min(len(splits.train), VOCABULARY_TEXTS)
+        texts = (splits.train[i]["text"] for i in range(count))
+        tokenizer = train_wordpiece(texts, data.vocab, data.length)
+    if common["task"] == "mlm":
+        parts = [pack(part, tokenizer, data.length) for part in splits[:3]]
+        splits, transform = Splits(*parts, Info("text")), MaskTokens.of(tokenizer)
+    else:
+        splits, transform = encode_splits(splits, tokenizer), None
+    return Pipeline(
+        splits=splits,
+        prepare=None,
+        train_transform=transform,
+        eval_transform=transform,
+        mix=None,
+        preprocess={"length": data.length},
+        tokenizer=tokenizer,
+        **common,
+    )
+
+
+def unlabelled(pipeline: Pipeline, rows: Sequence[dict[str, Any]]) -> Iterator[Batch]:
+    """Yield batches of pictures ({"image": path}) or texts ({"text"}) without labels."""
+    source: Any = Rows(rows, None)
+    if pipeline.tokenizer is not None:
+        source = encode(source, pipeline.tokenizer, Info("text"))
+    return pipeline.batches_of(source)
+
+

@@ -1,0 +1,307 @@
+"""Statistics of a run: scores per task, intervals, and where they are written."""
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import make_dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import jax
+import numpy as np
+from clu import parameter_overview
+from clu.metrics import Average
+from jaxtyping import Int, Num, Shaped
+from scipy import special, stats
+from tqdm import tqdm
+
+from tljax.tree import flatten, nearest
+from tljax.types import BadInput, Tree
+
+Rows = Mapping[str, np.ndarray]
+"""What was collected, one row per example: label and logits; for tag label and prediction; for
+mlm the sums over an example's masked tokens loss (nats), correct and count."""
+
+METRICS: dict[str, tuple[str, ...]] = {
+    "classify": ("accuracy", "macro_f1", "nll", "top5"),
+    "multilabel": ("mAP", "micro_f1", "macro_f1"),
+    "regress": ("spearman", "pearson", "mse"),
+    "tag": ("entity_f1", "token_accuracy"),
+    "mlm": ("nll", "accuracy", "perplexity"),
+}
+"""The metrics of a task; the first one that its data allow is the primary one."""
+
+LOWER_IS_BETTER = frozenset({"nll", "mse", "perplexity"})
+
+
+def accumulate(
+    running: dict[str, Average] | None, values: Mapping[str, jax.Array]
+) -> dict[str, Average]:
+    """Add one step's scalars to running averages without waiting for the device."""
+    new = {name: Average(value, 1) for name, value in values.items()}
+    return new if running is None else {name: running[name].merge(new[name]) for name in new}
+
+
+def averages(running: dict[str, Average]) -> dict[str, float]:
+    """Fetch running averages from the device."""
+    return {name: float(one.compute()) for name, one in jax.device_get(running).items()}
+
+
+def score(task: str, rows: Rows, names: Sequence[str] | None = None) -> dict[str, float]:
+    """Compute the metrics of a task, in float64; undefined ones (a constant's rank) are nan.
+
+    `names` are the label names: a tag task whose names are BIO tags gets entity F1.
+    """
+    if task not in METRICS:
+        raise BadInput(
+            f"unknown task {task!r}; nearest of {list(METRICS)}: {nearest(task, METRICS)}"
+        )
+    if task == "tag":
+        entity = {"entity_f1": ratio(entity_counts(rows, names))} if is_bio(names) else {}
+        return entity | {"token_accuracy": ratio(token_counts(rows))}
+    by_task = {"classify": _classify, "multilabel": _multilabel, "regress": _regress, "mlm": _mlm}
+    return by_task[task](rows)
+
+
+def primary(task: str, scores: Mapping[str, float]) -> tuple[str, float]:
+    """Return the name of the primary metric and its value, negated if lower is better."""
+    name = next(name for name in METRICS[task] if name in scores)
+    return name, -scores[name] if name in LOWER_IS_BETTER else scores[name]
+
+
+def _classify(rows: Rows) -> dict[str, float]:
+    logits, label = rows["logits"].astype(np.float64), rows["label"]
+    guess = logits.argmax(-1)
+    log_probs = special.log_softmax(logits, axis=-1)
+    c = logits.shape[-1]
+    right = np.bincount(label[guess == label], minlength=c)
+    total = np.bincount(label, minlength=c) + np.bincount(guess, minlength=c)
+    found = {
+        "accuracy": float(np.mean(guess == label)),
+        "macro_f1": float(np.mean(2 * right[total > 0] / total[total > 0])),
+        "nll": float(-np.mean(np.take_along_axis(log_probs, label[:, None], -1))),
+    }
+    if c > 5:
+        best = np.argsort(-logits, axis=-1, kind="stable")[:, :5]
+        found["top5"] = float(np.mean((best == label[:, None]).any(-1)))
+    return found
+
+
+def mean_average_precision(logits: Num[np.ndarray, "n c"], label: Num[np.ndarray, "n c"]) -> float:
+    """Average over the classes that have a positive example: the others have no precision.
+
+    A class's is the mean, over its positives, of the precision down to their score, ties included.
+    """
+    order = np.argsort(-logits, axis=0)
+    ranked, hit = (np.take_along_axis(x, order, 0) for x in (logits, label > 0))
+    place = np.arange(len(logits))[:, None]
+    ends = np.r_[ranked[1:] != ranked[:-1], np.ones((1, logits.shape[1]), bool)]
+    end = np.minimum.accumulate(np.where(ends, place, len(logits))[::-1])[::-1]
+    precision = np.take_along_axis(hit.cumsum(0) / (place + 1), end, 0)
+    positives = hit.sum(0)
+    each = (precision * hit).sum(0)[positives > 0] / positives[positives > 0]
+    return float(np.mean(each)) if len(each) else math.nan
+
+
+def _multilabel(rows: Rows) -> dict[str, float]:
+    # A label is predicted where its probability is over one half: where its logit is positive.
+    guess, label = rows["logits"] > 0, rows["label"] > 0
+    both, total = 2 * (guess & label).sum(0), guess.sum(0) + label.sum(0)
+    return {
+        "mAP": mean_average_precision(rows["logits"].astype(np.float64), rows["label"]),
+        "micro_f1": float(both.sum() / max(total.sum(), 1)),
+        "macro_f1": float(np.mean(both / np.maximum(total, 1))),
+    }
+
+
+def spearman(one: Num[np.ndarray, " n"], other: Num[np.ndarray, " n"]) -> float:
+    """Correlate ranks; nan if either side is constant."""
+    varied = min(np.ptp(one), np.ptp(other)) > 0
+    return float(stats.spearmanr(one, other).statistic) if varied else math.nan
+
+
+def _regress(rows: Rows) -> dict[str, float]:
+    guess, label = rows["logits"].astype(np.float64), rows["label"].astype(np.float64)
+    rank = spearman(guess, label)
+    pearson = math.nan if math.isnan(rank) else float(stats.pearsonr(guess, label).statistic)
+    return {"spearman": rank, "pearson": pearson, "mse": float(np.mean((guess - label) ** 2))}
+
+
+def _mlm(rows: Rows) -> dict[str, float]:
+    nll, accuracy = (ratio(np.stack([rows[k], rows["count"]], -1)) for k in ("loss", "correct"))
+    # exp overflows past 709: a diverged model has an infinite perplexity, not an error.
+    return {
+        "nll": nll,
+        "accuracy": accuracy,
+        "perplexity": math.exp(nll) if nll < 709 else math.inf,
+    }
+
+
+def is_bio(names: Sequence[str] | None) -> bool:
+    """Tell whether label names are BIO tags of entities."""
+    return bool(names) and all(name == "O" or name[:2] in ("B-", "I-") for name in names)
+
+
+def entities(tags: Sequence[str]) -> set[tuple[str, int, int]]:
+    """Read BIO tags as (type, first, last) spans; an I- that continues nothing opens one.
+
+    Source: conlleval, the script of CoNLL-2000 and 2003.
+    """
+    spans, kind, first = set(), "", 0
+    for position, tag in enumerate([*tags, "O"]):
+        prefix, _, own = tag.partition("-")
+        if kind and (prefix != "I" or own != kind):
+            spans.add((kind, first, position - 1))
+            kind = ""
+        if own and not kind:
+            kind, first = own, position
+    return spans
+
+
+def entity_counts(rows: Rows, names: Sequence[str]) -> Int[np.ndarray, "n 2"]:
+    """Count per sentence twice the right entities, and those predicted plus those true.
+
+    The ratio of the sums is F1.
+    """
+    counts = []
+    for guess, label in zip(rows["prediction"], rows["label"], strict=True):
+        kept = label >= 0  # later pieces of a word, and padding, carry -1
+        mine, true = (entities([names[i] for i in ids[kept]]) for ids in (guess, label))
+        counts.append((2 * len(mine & true), len(mine) + len(true)))
+    return np.array(counts)
+
+
+def token_counts(rows: Rows) -> Int[np.ndarray, "n 2"]:
+    """Count per sentence the tokens that are right and all that have a label."""
+    kept = rows["label"] >= 0
+    return np.stack([(kept & (rows["prediction"] == rows["label"])).sum(-1), kept.sum(-1)], -1)
+
+
+def ratio(counts: Num[np.ndarray, "n 2"]) -> float:
+    """Divide summed columns, in float64."""
+    part, whole = counts.sum(0, dtype=np.float64)
+    return float(part / max(whole, 1))
+
+
+def wilson(successes: int, trials: int, level: float = 0.95) -> tuple[float, float]:
+    """Bound a proportion.  Source: Wilson 1927, the score interval."""
+    bounds = stats.binomtest(successes, trials).proportion_ci(level, method="wilson")
+    return float(bounds.low), float(bounds.high)
+
+
+def bootstrap(
+    values: Shaped[np.ndarray, "n ..."] | tuple[Shaped[np.ndarray, "n ..."], ...],
+    statistic: Callable[..., float],
+    seed: int,
+    n: int = 2000,
+    level: float = 0.95,
+) -> tuple[float, float]:
+    """Bound a statistic by the percentiles of n resamples of the rows; undefined ones drop out."""
+    arrays = values if isinstance(values, tuple) else (values,)
+    numbers, size = np.random.default_rng(seed), len(arrays[0])
+    picks = (numbers.integers(size, size=size) for _ in range(n))
+    found = np.array([statistic(*(array[pick] for array in arrays)) for pick in picks])
+    found = found[np.isfinite(found)]
+    ends = [(1 - level) / 2, (1 + level) / 2]
+    low, high = np.quantile(found, ends) if len(found) else (math.nan, math.nan)
+    return float(low), float(high)
+
+
+def mean_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
+    """Bound the mean over seeds by Student's t; one seed bounds nothing (nan)."""
+    if len(values) < 2:
+        return math.nan, math.nan
+    half = stats.t.ppf((1 + level) / 2, len(values) - 1) * stats.sem(values)
+    return float(np.mean(values) - half), float(np.mean(values) + half)
+
+
+class Logger:
+    """Scalars to metrics.jsonl, event files, and stdout: a bar (terminal) or plain lines.
+
+    `resumed` is the restored step: what was logged after it is dropped, so that every step is
+    there once.  None starts empty.  Only the first process writes.
+    """
+
+    def __init__(self, workdir: str | Path, total: int, resumed: int | None = None):
+        # Not at the top: it imports torch where torch is installed, which takes seconds.
+        from tensorboardX import SummaryWriter
+
+        self._active = jax.process_index() == 0
+        self._total = total
+        self._start = (resumed or 0, time.monotonic())
+        if self._active:
+            Path(workdir).mkdir(parents=True, exist_ok=True)
+            kept = -1 if resumed is None else resumed
+            self._file = _open_after(Path(workdir) / "metrics.jsonl", kept)
+            self._events = SummaryWriter(str(Path(workdir) / "events"), purge_step=kept + 1)
+            plain, first = not sys.stdout.isatty(), self._start[0]
+            self._bar = tqdm(total=total, initial=first, file=sys.stdout, disable=plain)
+
+    def advance(self, step: int) -> None:
+        """Move the bar; costs nothing elsewhere."""
+        if self._active:
+            self._bar.update(step - self._bar.n)
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Record scalars of one step; values that are not finite are null in the JSON."""
+        if not self._active:
+            return
+        scalars = {name: float(value) for name, value in values.items()}
+        finite = {name: x if math.isfinite(x) else None for name, x in scalars.items()}
+        print(json.dumps({"step": step, "time": round(time.time(), 3)} | finite), file=self._file)
+        self._file.flush()
+        for name, value in scalars.items():
+            self._events.add_scalar(name, value, step)
+        text = "  ".join(f"{name} {value:.5g}" for name, value in scalars.items())
+        self.advance(step)
+        self._bar.set_postfix_str(text)
+        if self._bar.disable:
+            first, began = self._start
+            left = (time.monotonic() - began) / max(step - first, 1) * (self._total - step)
+            eta = tqdm.format_interval(left)
+            print(f"step {step}/{self._total}  {text}  eta {eta}", flush=True)
+
+    def close(self) -> None:
+        """Flush and close; safe to call twice."""
+        if self._active:
+            self._active = False
+            self._file.close()
+            self._events.close()
+            self._bar.close()
+
+
+def _open_after(path: Path, step: int) -> TextIO:
+    """Open a JSONL file behind the lines up to `step`; a line that a kill cut off goes too."""
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= step]
+    if lines:
+        os.truncate(path, sum(map(len, kept)))  # steps only grow: what is kept is a prefix
+    return open(path, "a")
+
+
+_Row = make_dataclass("_Row", ["path", "shape", "dtype", "role", "spec"])
+
+
+def parameter_table(
+    tree: Tree, roles: Tree, specs: Tree | None = None, unread: Sequence[str] = ()
+) -> str:
+    """Render every leaf with its role and sharding spec, and totals per role.
+
+    Paths in `unread` have the role "unread": nothing reads them, so they stay frozen.
+    """
+    leaves, role_of = flatten(tree), flatten(roles) | dict.fromkeys(unread, "unread")
+    axes = {path: ", ".join(map(str, spec)) for path, spec in flatten(specs or {}).items()}
+    rows = [
+        _Row(path, str(leaf.shape), str(leaf.dtype), role_of[path], axes.get(path, ""))
+        for path, leaf in leaves.items()
+    ]
+    lines = [parameter_overview.make_table(rows)]
+    for role in ("train", "track", "freeze", "unread"):
+        mine = [leaf for path, leaf in leaves.items() if role_of[path] == role]
+        sizes = [math.prod(leaf.shape) for leaf in mine]
+        held = sum(n * leaf.dtype.itemsize for n, leaf in zip(sizes, mine, strict=True))
+        lines.append(f"{role}: {sum(sizes):,} parameters, {held:,} bytes, {len(mine)} leaves")
+    return "\n".join(lines)

@@ -1,0 +1,1 @@
+"""Models: pure Linen, made of `tljax.layers` alone."""

@@ -1,0 +1,164 @@
+"""BERT: post-norm blocks on WordPiece tokens, with pooler and masked-language-model head."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jaxtyping import Array, Bool, Float, Int
+
+from tljax import layers
+from tljax.types import BadInput, Output
+
+Tokens = Float[Array, "b l d"]
+Ids = Int[Array, "b l"]
+
+
+class TokenEmbed(nn.Module):
+    """Sum the word, position and type vectors, and normalise."""
+
+    vocab: int
+    positions: int
+    types: int
+    width: int
+    eps: float
+    dtype: Any
+
+    def setup(self) -> None:
+        """Create the tables."""
+        self.word = layers.Embed(self.vocab, self.width, self.dtype)
+        self.position = layers.Embed(self.positions, self.width, self.dtype)
+        self.type = layers.Embed(self.types, self.width, self.dtype)
+        self.norm = layers.LayerNorm(self.eps, self.dtype)
+
+    def __call__(self, input_ids: Ids, token_type_ids: Ids) -> Tokens:
+        """Return the embedded tokens.
+
+        Raises: BadInput for a text longer than the position table.
+        """
+        length = input_ids.shape[1]
+        if length > self.positions:
+            raise BadInput(
+                f"texts of {length} tokens exceed the {self.positions} positions of this model; "
+                "truncate them when tokenizing"
+            )
+        positions = self.position(jnp.arange(length)[None])
+        return self.norm(self.word(input_ids) + positions + self.type(token_type_ids))
+
+    def attend(self, x: Tokens) -> Float[Array, "b l v"]:
+        """Score features against every word."""
+        return self.word.attend(x)
+
+
+class Block(nn.Module):
+    """x = norm(x + attention(x)); x = norm(x + mlp(x)).
+
+    Source: Devlin et al. 2018, arXiv 1810.04805.
+    """
+
+    heads: int
+    mlp: int
+    eps: float
+    activation: str
+    dropout: float
+    drop_path: float
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, x: Tokens, mask: Bool[Array, "b l"] | None) -> Tokens:
+        y = layers.Attention(self.heads, self.dtype, layers.small_normal, name="attention")(x, mask)
+        y = layers.DropPath(self.drop_path)(layers.Dropout(self.dropout)(y))
+        x = layers.LayerNorm(self.eps, self.dtype, name="norm1")(x + y)
+        y = layers.Mlp(self.mlp, self.activation, self.dtype, layers.small_normal, name="mlp")(x)
+        y = layers.DropPath(self.drop_path)(layers.Dropout(self.dropout)(y))
+        return layers.LayerNorm(self.eps, self.dtype, name="norm2")(x + y)
+
+
+class MaskedLanguageHead(nn.Module):
+    """Transform the tokens; the words' own table decodes them (tied)."""
+
+    vocab: int
+    eps: float
+    activation: str
+    dtype: Any
+
+    @nn.compact
+    def __call__(self, tokens: Tokens, embed: TokenEmbed) -> Float[Array, "b l v"]:
+        act = layers.choose(layers.ACTIVATIONS, self.activation, "activation")
+        x = layers.Dense(
+            tokens.shape[-1], dtype=self.dtype, init=layers.small_normal, name="dense"
+        )(tokens)
+        scores = embed.attend(layers.LayerNorm(self.eps, self.dtype, name="norm")(act(x)))
+        bias = self.param("bias", nn.initializers.zeros, (self.vocab,), jnp.float32)
+        return scores.astype(jnp.float32) + layers.along_last(bias, scores).astype(jnp.float32)
+
+
+class Bert(nn.Module):
+    """BERT; the defaults are MiniLM-L6's sizes.
+
+    pool: "mean" over the attention mask, "cls", or "pooler" (tanh of a Dense of cls).  pooler: the
+    file has pooler weights, so create their place.  mlm: logits over the vocabulary.  tokens: the
+    head reads every token, not the pooled vector.
+    """
+
+    vocab: int = 30522
+    width: int = 384
+    depth: int = 6
+    heads: int = 12
+    mlp: int = 1536
+    positions: int = 512
+    types: int = 2
+    eps: float = 1e-12
+    activation: str = "gelu"
+    pool: str = "mean"
+    pooler: bool = True
+    read: str | None = None
+    num_classes: int | None = None
+    mlm: bool = False
+    tokens: bool = False
+    dropout: float = 0.0
+    drop_path: float = 0.0
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, input_ids: Ids, attention_mask: Ids | None = None, token_type_ids: Ids | None = None
+    ) -> Output:
+
+        def make(index: int) -> nn.Module:
+            drop_path = self.drop_path * index / max(self.depth - 1, 1)
+            shape = self.heads, self.mlp, self.eps, self.activation
+            return Block(*shape, self.dropout, drop_path, self.dtype, name=str(index))
+
+        embed = TokenEmbed(
+            self.vocab, self.positions, self.types, self.width, self.eps, self.dtype, name="embed"
+        )
+        types = jnp.zeros_like(input_ids) if token_type_ids is None else token_type_ids
+        mask = None if attention_mask is None else attention_mask.astype(bool)
+        x = layers.Dropout(self.dropout)(embed(input_ids, types))
+        x = layers.Blocks(make, self.depth, self.read, name="blocks")(x, mask)
+        pooled = self.pooled(x, mask)
+        if self.mlm:
+            head = MaskedLanguageHead(self.vocab, self.eps, self.activation, self.dtype, name="mlm")
+            return Output(x, pooled, head(x, embed))
+        features = layers.Dropout(self.dropout)(x if self.tokens else pooled)
+        return Output(x, pooled, layers.zero_head(self.num_classes, features))
+
+    def pooled(self, x: Tokens, mask: Bool[Array, "b l"] | None) -> Float[Array, "b d"]:
+        """Pool the tokens."""
+        pools = {"cls": lambda: x[:, 0], "mean": lambda: masked_mean(x, mask)}
+        if self.pooler or self.pool == "pooler":
+            dense = layers.Dense(
+                self.width, dtype=self.dtype, init=layers.small_normal, name="pooler"
+            )
+            pools["pooler"] = lambda: jnp.tanh(dense(x[:, 0]))
+            if self.is_initializing():
+                pools["pooler"]()
+        return layers.choose(pools, self.pool, "pool")()
+
+
+def masked_mean(x: Tokens, mask: Bool[Array, "b l"] | None) -> Float[Array, "b d"]:
+    """Average the tokens that the mask keeps, in float32; nothing kept gives zeros."""
+    mask = jnp.ones(x.shape[:2]) if mask is None else mask
+    weights = mask[:, :, None].astype(jnp.float32)
+    total = (x.astype(jnp.float32) * weights).sum(1)
+    return (total / jnp.maximum(weights.sum(1), 1)).astype(x.dtype)

@@ -1,0 +1,149 @@
+"""Losses as pure functions `(tree, batch, key) -> (loss, aux)`, and what each task predicts.
+
+Losses and their reductions are float32 whatever the compute dtype; units are nats per example
+(per masked token for mlm, per labelled token for tag), squared label units for regress.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from jaxtyping import Array, Float, Int
+
+from tljax.types import Aux, Batch, Key, Loss, Objective, Output, Term, Tree
+
+COLLECTIONS = ("params", "batch_stats", "fixed_stats")
+TEXT = ("input_ids", "attention_mask", "token_type_ids")
+
+
+def inputs_of(batch: Batch) -> tuple[Any, ...]:
+    """Return the model's positional inputs: an image batch has `image`, a text batch has ids."""
+    return (batch["image"],) if "image" in batch else tuple(batch[name] for name in TEXT)
+
+
+def variables_of(tree: Tree) -> Tree:
+    """Return the collections that a model reads, without averages or other models."""
+    return {name: tree[name] for name in COLLECTIONS if tree.get(name) is not None}
+
+
+def forward(model: nn.Module, tree: Tree, batch: Batch, key: Key) -> tuple[Output, Tree]:
+    """Run a model as in training: dropout from `key`, BatchNorm statistics moved."""
+    return model.apply(
+        variables_of(tree), *inputs_of(batch), rngs={"dropout": key}, mutable=["batch_stats"]
+    )
+
+
+def infer(model: nn.Module, tree: Tree, batch: Batch) -> Output:
+    """Run a model as in evaluation, with the averaged parameters where the tree has them."""
+    return model.apply(variables_of(tree | tree.get("ema", {})), *inputs_of(batch))
+
+
+def _objective(
+    model: nn.Module, name: str, losses: Callable[[Array, Batch], tuple[Array, Array, dict]]
+) -> Objective:
+    """Build an objective from `losses(logits, batch) -> (value per unit, weight per unit, metrics)`."""
+
+    def objective(tree: Tree, batch: Batch, key: Key) -> tuple[Loss, Aux]:
+        output, moved = forward(model, tree, batch, key)
+        value, weight, metrics = losses(output.logits.astype(jnp.float32), batch)
+        count = jnp.sum(weight)
+        loss = {name: Term(1.0, jnp.sum(value * weight), count)}
+        sums = {k: (jnp.sum(v * weight), count) for k, v in metrics.items()}
+        return loss, Aux(metrics=sums, track=moved)
+
+    return objective
+
+
+def cross_entropy(
+    logits: Float[Array, "*b c"], labels: Int[Array, "*b"] | Float[Array, "*b c"]
+) -> Float[Array, "*b"]:
+    """Return the cross-entropy in nats with integer labels or label distributions."""
+    if labels.ndim == logits.ndim:
+        return optax.softmax_cross_entropy(logits, labels)
+    return optax.softmax_cross_entropy_with_integer_labels(logits, jnp.maximum(labels, 0))
+
+
+def _classify(logits: Array, batch: Batch) -> tuple[Array, Array, dict]:
+    labels = batch["label"]
+    hard = labels if labels.ndim == 1 else jnp.argmax(labels, -1)
+    right = (jnp.argmax(logits, -1) == hard).astype(jnp.float32)
+    value = cross_entropy(logits, labels)
+    return value, jnp.ones_like(value), {"accuracy": right}
+
+
+def _multilabel(logits: Array, batch: Batch) -> tuple[Array, Array, dict]:
+    value = jnp.mean(optax.sigmoid_binary_cross_entropy(logits, batch["label"]), -1)
+    return value, jnp.ones_like(value), {}
+
+
+def _regress(logits: Array, batch: Batch) -> tuple[Array, Array, dict]:
+    value = jnp.square(logits[:, 0] - batch["label"])
+    return value, jnp.ones_like(value), {}
+
+
+def _tokens(logits: Array, batch: Batch) -> tuple[Array, Array, dict]:
+    labels = batch["label"]
+    right = (jnp.argmax(logits, -1) == labels).astype(jnp.float32)
+    return cross_entropy(logits, labels), (labels >= 0).astype(jnp.float32), {"accuracy": right}
+
+
+LOSSES = {
+    "classify": _classify,
+    "multilabel": _multilabel,
+    "regress": _regress,
+    "tag": _tokens,
+    "mlm": _tokens,
+}
+
+
+def make_objective(task: str, model: nn.Module) -> Objective:
+    """Return the objective of a task: classify, multilabel, regress, tag or mlm."""
+    return _objective(model, task, LOSSES[task])
+
+
+def make_predict(task: str, model: nn.Module) -> Callable[[Tree, Batch], dict[str, Array]]:
+    """Return `predict(tree, batch)`: float32 logits, or per-example sums where logits are large."""
+
+    def logits(tree: Tree, batch: Batch) -> dict[str, Array]:
+        return {"logits": infer(model, tree, batch).logits.astype(jnp.float32)}
+
+    def sums(tree: Tree, batch: Batch) -> dict[str, Array]:
+        value, weight, metrics = _tokens(logits(tree, batch)["logits"], batch)
+        per_example = {"loss": value, "correct": metrics["accuracy"], "count": weight}
+        return {k: jnp.sum(v * weight, -1) for k, v in per_example.items()}
+
+    return sums if task == "mlm" else logits
+
+
+def add(*objectives: Objective) -> Objective:
+    """Sum objectives: their terms and metrics side by side; names must differ."""
+
+    def objective(tree: Tree, batch: Batch, key: Key) -> tuple[Loss, Aux]:
+        loss: Loss = {}
+        metrics: dict[str, Any] = {}
+        track: Tree = {}
+        for one in objectives:
+            terms, aux = one(tree, batch, key)
+            loss, metrics, track = loss | terms, metrics | aux.metrics, track | aux.track
+        return loss, Aux(metrics, track)
+
+    return objective
+
+
+def average(objective: Objective, decay: float) -> Objective:
+    """Let `ema/params` follow `params`: ema <- decay * ema + (1 - decay) * params.
+
+    The average sees the parameters before this step's update.  With m microbatches give
+    decay ** (1 / m): the average then moves as far as in one pass.
+    """
+
+    def averaged(tree: Tree, batch: Batch, key: Key) -> tuple[Loss, Aux]:
+        loss, aux = objective(tree, batch, key)
+        follow = lambda mean, now: decay * mean + (1 - decay) * jax.lax.stop_gradient(now)  # noqa: E731
+        ema = {"params": jax.tree.map(follow, tree["ema"]["params"], tree["params"])}
+        return loss, Aux(aux.metrics, dict(aux.track) | {"ema": ema})
+
+    return averaged

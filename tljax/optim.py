@@ -1,0 +1,114 @@
+"""One optax chain: clip, direction, decay, groups, schedule, learning rate."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from tljax.tree import label, map_with_path
+from tljax.types import BadInput, Rules, Tree
+
+
+class Group(NamedTuple):
+    """How a group of trainable leaves differs: factors on learning rate and weight decay."""
+
+    lr: float = 1.0
+    decay: float = 1.0
+
+
+DIRECTIONS: dict[str, Callable[..., optax.GradientTransformation]] = {
+    "adamw": lambda beta1, beta2, eps, momentum: optax.scale_by_adam(beta1, beta2, eps),
+    "sgd": lambda beta1, beta2, eps, momentum: optax.trace(momentum),
+    "lion": lambda beta1, beta2, eps, momentum: optax.scale_by_lion(beta1, beta2),
+}
+
+
+def schedule(kind: str, steps: int, warmup: int) -> optax.Schedule:
+    """Return a factor in [0, 1] by step: linear warm-up, then cosine, linear or constant.
+
+    warmup and steps are in steps; the last step has a factor just above zero.
+    """
+    after = max(steps - warmup, 1)
+    falls = {
+        "cosine": optax.cosine_decay_schedule(1.0, after),
+        "linear": optax.linear_schedule(1.0, 0.0, after),
+        "constant": optax.constant_schedule(1.0),
+    }
+    if kind not in falls:
+        raise BadInput(f"schedule {kind!r} is none of {', '.join(falls)}")
+    # The first step already moves: warm-up counts from 1/warmup, not from 0.
+    rise = lambda count: (count + 1) / max(warmup, 1)  # noqa: E731 - a schedule is a function
+    return optax.join_schedules([rise, falls[kind]], [warmup]) if warmup else falls[kind]
+
+
+def decay_mask(params: Tree) -> Tree:
+    """Return 1 for leaves that weight decay applies to: kernels and embeddings, not 1-D leaves.
+
+    Class tokens and position tables are left out too, as BERT, MAE and timm do.
+    """
+
+    def decays(path: str, leaf: Any) -> float:
+        name = path.rsplit("/", 1)[-1]
+        return float(leaf.ndim > 1 and name not in ("cls", "pos"))
+
+    return map_with_path(decays, params)
+
+
+def scale_leaves(factors: Tree) -> optax.GradientTransformation:
+    """Multiply every update by its leaf's factor (python floats, fixed at trace time)."""
+    return optax.stateless(
+        lambda updates, _: jax.tree.map(lambda u, f: u if f == 1.0 else u * f, updates, factors)
+    )
+
+
+def decay_leaves(factors: Tree) -> optax.GradientTransformation:
+    """Add `factor x parameter` to every update: decoupled weight decay (Loshchilov & Hutter)."""
+    return optax.stateless(
+        lambda updates, params: jax.tree.map(
+            lambda u, p, f: u + f * p if f else u, updates, params, factors
+        )
+    )
+
+
+def make_tx(
+    params: Tree,
+    *,
+    name: str,
+    lr: float,
+    steps: int,
+    warmup: int = 0,
+    decay: float = 0.0,
+    clip: float | None = None,
+    fall: str = "cosine",
+    beta1: float = 0.9,
+    beta2: float = 0.999,
+    eps: float = 1e-8,
+    momentum: float = 0.9,
+    groups: Rules = (),
+) -> optax.GradientTransformation:
+    """Build the optimizer of the trainable tree `params` (arrays or shapes).
+
+    clip bounds the global norm of the trainable gradients, which are all there are.  The learning
+    rate is a leaf of the optimizer state (`with_lr`), so trials of it share one compilation.
+    """
+    group = label(params, groups, Group())
+    is_group = lambda x: isinstance(x, Group)  # noqa: E731 - a predicate for jax.tree
+    rates = jax.tree.map(lambda g: float(g.lr), group, is_leaf=is_group)
+    shares = jax.tree.map(
+        lambda mask, g: mask * decay * g.decay, decay_mask(params), group, is_leaf=is_group
+    )
+    return optax.chain(
+        optax.clip_by_global_norm(clip) if clip else optax.identity(),
+        DIRECTIONS[name](beta1, beta2, eps, momentum),
+        decay_leaves(shares),
+        scale_leaves(rates),
+        optax.scale_by_schedule(schedule(fall, steps, warmup)),
+        optax.inject_hyperparams(optax.scale_by_learning_rate)(learning_rate=lr),
+    )
+
+
+def with_lr(opt: Any, lr: float) -> Any:
+    """Return the optimizer state with another peak learning rate."""
+    return optax.tree_utils.tree_set(opt, learning_rate=jnp.asarray(lr, jnp.float32))

@@ -1,0 +1,94 @@
+"""Where arrays live: a mesh, a spec for every leaf, the batch over the data axes.
+
+Models are single-device programs; `jit` with shardings (what `pjit` became) does the rest.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from tljax.tree import label, map_with_path
+from tljax.types import BadInput, Rules, Tree
+
+AXES = ("data", "fsdp", "tensor")
+REPLICATED = P()
+BATCH = P(("data", "fsdp"))
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
+    """Arrange all devices as (data, fsdp, tensor); one axis may be -1, meaning the rest.
+
+    Raises: BadInput if the product is not the number of devices.
+    """
+    sizes = [data, fsdp, tensor]
+    devices = jax.device_count()
+    given = int(np.prod([size for size in sizes if size != -1]))
+    if sizes.count(-1) == 1 and devices % given == 0:
+        sizes[sizes.index(-1)] = devices // given
+    if -1 in sizes or int(np.prod(sizes)) != devices:
+        raise BadInput(
+            f"mesh data={data}, fsdp={fsdp}, tensor={tensor} does not multiply to the "
+            f"{devices} devices there are; give sizes whose product is {devices}, or one -1"
+        )
+    # Auto axes: jax.make_mesh defaults to Explicit ones, which type every array by its sharding.
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def fsdp_spec(shape: tuple[int, ...], mesh: Mesh) -> P:
+    """Put the largest axis that divides over `fsdp`, else replicate.
+
+    Small leaves (under 2^14 elements) are replicated: gathering them costs more than they weigh.
+    """
+    size = mesh.shape["fsdp"]
+    axes = [i for i in np.argsort(shape)[::-1] if shape[i] % size == 0]
+    if size == 1 or not axes or int(np.prod(shape)) < 2**14:
+        return P()
+    return P(*("fsdp" if i == axes[0] else None for i in range(len(shape))))
+
+
+def specs(tree: Tree, mesh: Mesh, rules: Rules = ()) -> Tree:
+    """Give every leaf a PartitionSpec: by rule, else `fsdp_spec`.
+
+    Raises: BadInput for a dead rule, or a spec that does not divide its leaf.
+    """
+    chosen = label(tree, rules, None)
+
+    def spec(path: str, leaf: Any) -> P:
+        own = chosen
+        for name in path.split("/"):
+            own = own[name]
+        if own is None:
+            return fsdp_spec(leaf.shape, mesh)
+        for size, axis in zip(leaf.shape, own, strict=False):
+            ways = int(np.prod([mesh.shape[a] for a in np.atleast_1d(axis)])) if axis else 1
+            if size % ways:
+                raise BadInput(f"{path} {leaf.shape} does not divide over {own} of {mesh.shape}")
+        return own
+
+    return map_with_path(spec, tree)
+
+
+def on(mesh: Mesh, spec_tree: Tree) -> Tree:
+    """Turn PartitionSpecs into shardings on a mesh."""
+    is_spec = lambda x: isinstance(x, P)  # noqa: E731 - a predicate, not a function of the module
+    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), spec_tree, is_leaf=is_spec)
+
+
+def check_batch(batch_size: int, mesh: Mesh, microbatches: int = 1) -> None:
+    """Raise BadInput unless every device gets the same whole number of examples."""
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    if batch_size % (ways * microbatches):
+        raise BadInput(
+            f"batch size {batch_size} does not divide into {microbatches} microbatches over "
+            f"{ways} devices (data x fsdp); use a multiple of {ways * microbatches}"
+        )
+
+
+def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """Assemble the global batch on the mesh from this process's part of it."""
+    sharding = NamedSharding(mesh, BATCH)
+    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}

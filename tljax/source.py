@@ -1,0 +1,62 @@
+"""Where a run starts from: named weights, a Hugging Face folder, or a finished run."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tljax.checkpoint import read_tree
+from tljax.edits.lora import merge
+from tljax.types import BadInput, Tree
+from tljax.weights import Source, open_weights
+
+RECORD = "run.json"
+
+
+def read_record(workdir: str | Path) -> dict[str, Any]:
+    """Read what a run wrote about itself.
+
+    Raises: BadInput if the folder is no run or its record is damaged.
+    """
+    path = Path(workdir) / RECORD
+    if not path.is_file():
+        raise BadInput(f"{workdir} is not a run folder: it has no {RECORD}")
+    try:
+        return json.loads(path.read_text())
+    except json.JSONDecodeError as error:
+        raise BadInput(f"{path} is not valid JSON: {error}") from None
+
+
+def plain(tree: Tree) -> Tree:
+    """Reduce a trained tree to a model's own variables, for another run to start from.
+
+    Averages take the place of parameters, LoRA is folded into its kernels, and fixed statistics
+    are statistics again: `{params, ema, fixed_stats}  ->  {params, batch_stats}`.
+    """
+    params = tree.get("ema", tree)["params"]
+    found = {"params": merge(params)}
+    for name in ("batch_stats", "fixed_stats"):
+        found |= {"batch_stats": tree[name]} if tree.get(name) else {}
+    return found
+
+
+def open_run(workdir: str | Path) -> Source:
+    """Open a finished run as a source of weights, with its preprocessing and labels."""
+    record = read_record(workdir)
+    facts = record["model"]
+    tokenizer = Path(workdir) / facts["tokenizer"] if facts["tokenizer"] else None
+    return Source(
+        arch=facts["name"],
+        fields=facts["fields"],
+        tree=plain(read_tree(workdir)),
+        preprocess=facts["preprocess"],
+        tokenizer=tokenizer,
+        labels=tuple(facts["labels"]) if facts["labels"] else None,
+        origin=str(workdir),
+        digest=record["digest"],
+        ignored={},
+    )
+
+
+def open_source(name: str) -> Source:
+    """Open weights by name or path; a folder with a run record is a finished run."""
+    return open_run(name) if (Path(name) / RECORD).is_file() else open_weights(name)

@@ -1,0 +1,99 @@
+"""Birth of a run: edits, roles, parts, and a state that is born sharded."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+
+from tljax.tree import flatten, label, map_with_path, require_live, split, unread
+from tljax.types import BadInput, Batch, Edit, Key, Objective, Rules, Tree
+
+
+@struct.dataclass
+class State:
+    """Everything a step changes, and everything a checkpoint holds."""
+
+    step: jax.Array
+    params: Tree
+    track: Tree
+    opt: Any
+
+
+class Roles(NamedTuple):
+    """The role of every leaf, and the leaves that stay frozen because nothing reads them."""
+
+    tree: Tree
+    unread: list[str]
+
+
+def apply_edits(edits: Sequence[Edit], tree: Tree, key: Key) -> Tree:
+    """Run edits in order, each with its own key."""
+    for number, edit in enumerate(edits):
+        tree = edit(tree, jax.random.fold_in(key, number))
+    return tree
+
+
+def assign_roles(
+    tree: Tree, user: Rules, own: Rules, objective: Objective, batch: Batch, key: Key
+) -> Roles:
+    """Label every leaf of an abstract tree; the user's rules come before the strategy's own.
+
+    A leaf that nothing reads and that a user's rule made trainable is an error; one that the
+    strategy's default made trainable is frozen and listed.
+
+    Raises: BadInput for a dead user rule or an unread trainable leaf the user named.
+    """
+    require_live(user, flatten(tree))
+    roles = label(tree, (*user, *own), "freeze")
+    asked = flatten(label(tree, user, "unasked"))
+    idle = unread(objective, split(tree, roles), batch, key)
+    mine = [path for path in idle if asked[path] == "train"]
+    if mine:
+        raise BadInput(
+            f"{mine[0]} is to be trained, but the loss does not read it"
+            f" ({len(mine)} such leaves): drop the rule, or read a later layer"
+        )
+    roles = map_with_path(lambda path, role: "freeze" if path in idle else role, roles)
+    if "train" not in flatten(roles).values():
+        raise BadInput("nothing is trainable: every leaf is frozen, tracked or unread")
+    return Roles(roles, idle)
+
+
+def to_compute_dtype(frozen: Tree, dtype: Any) -> Tree:
+    """Cast frozen float32 parameters to the compute dtype; statistics keep theirs."""
+
+    def cast(path: str, leaf: Any) -> Any:
+        is_param = "batch_stats" not in path.split("/") and "fixed_stats" not in path.split("/")
+        return leaf.astype(dtype) if is_param and leaf.dtype == jnp.float32 else leaf
+
+    return map_with_path(cast, frozen)
+
+
+def make_birth(
+    init: Callable[[Key], Tree], roles: Tree, tx: optax.GradientTransformation, dtype: Any
+) -> Callable[[Sequence[Edit], Key], tuple[State, Tree]]:
+    """Return the function that builds (state, frozen) from edits and a key.
+
+    Run it under `jit` with `out_shardings`: loaded arrays are arguments, not constants, and no
+    leaf ever exists unsharded.
+    """
+
+    def birth(edits: Sequence[Edit], key: Key) -> tuple[State, Tree]:
+        init_key, edit_key = jax.random.split(key)
+        parts = split(apply_edits(edits, init(init_key), edit_key), roles)
+        state = State(jnp.zeros((), jnp.int32), parts.train, parts.track, tx.init(parts.train))
+        return state, to_compute_dtype(parts.freeze, dtype)
+
+    return birth
+
+
+def optimizer_specs(tx: optax.GradientTransformation, opt: Any, specs: Tree, scalar: Any) -> Any:
+    """Give every optimizer leaf the spec of the parameter it belongs to, else `scalar`."""
+    return optax.tree_utils.tree_map_params(
+        tx, lambda _, spec: spec, opt, specs, transform_non_params=lambda _: scalar
+    )
+
+

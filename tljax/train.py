@@ -1,0 +1,195 @@
+"""The loop: restore, step, log, evaluate, save; and what a run writes about itself."""
+
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from tljax.build import Experiment
+from tljax.checkpoint import Checkpoints, write_json
+from tljax.data.loader import prefetch_to_device
+from tljax.evaluate import evaluate
+from tljax.metrics import Logger, accumulate, averages, parameter_table
+from tljax.sharding import put_batch
+from tljax.source import RECORD, read_record
+from tljax.state import State
+from tljax.step import Step
+from tljax.tree import flatten, join
+from tljax.types import BadInput, Tree
+
+PACKAGES = ("tljax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+UNITS = ("", "k", "M", "G", "T", "P")
+
+
+def compile_step(experiment: Experiment) -> Step:
+    """Compile the step ahead of time: the run's only compilation of it."""
+    batch = experiment.data.example_batch()
+    placed = {
+        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=experiment.shardings.batch)
+        for name, leaf in batch.items()
+    }
+    return experiment.step.lower(*experiment.abstract, placed).compile()
+
+
+def human(number: float) -> str:
+    """Write a number with three digits and a decimal unit."""
+    power = int(np.clip(np.log10(max(number, 1)) // 3, 0, len(UNITS) - 1))
+    return f"{number / 1000**power:.3g} {UNITS[power]}"
+
+
+def tables(experiment: Experiment) -> str:
+    """Describe the tree: what was loaded, and every leaf with its role and place."""
+    loaded = f"{experiment.report.table()}\n\n" if experiment.report else ""
+    roles = experiment.roles
+    return loaded + parameter_table(experiment.tree, roles.tree, experiment.specs, roles.unread)
+
+
+def size(tree: Any) -> int:
+    """Count the bytes of a tree of arrays or shapes."""
+    return sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def plan(experiment: Experiment, compiled: Step) -> str:
+    """Say what a step costs, before the first one; FLOPs and temporaries are per device.
+
+    XLA counts a scan's body once, so with microbatches its count is multiplied by them.
+    """
+    state, frozen = experiment.abstract
+    flops = compiled.cost_analysis()["flops"] * experiment.config.run.microbatches
+    temporary = compiled.memory_analysis().temp_size_in_bytes
+    return (
+        f"plan: {human(flops)}FLOPs a step; bytes: trainable {human(size(state.params))}B, "
+        f"optimizer {human(size(state.opt))}B, frozen {human(size(frozen))}B, "
+        f"temporary {human(temporary)}B; {experiment.config.run.steps} steps of "
+        f"{experiment.config.run.batch} on {jax.device_count()} {jax.devices()[0].device_kind}"
+    )
+
+
+def begin(experiment: Experiment, checkpoints: Checkpoints) -> tuple[State, Tree]:
+    """Go on from the run's own newest checkpoint, else be born (from weights or at random).
+
+    The frozen tree is rebuilt from its sources and must have the digest the run was saved with.
+    """
+    state, frozen = experiment.birth()
+    checkpoints.save_frozen(frozen)
+    if checkpoints.latest() is None:
+        return state, frozen
+    return checkpoints.restore(experiment.abstract[0]), frozen
+
+
+def advance(
+    experiment: Experiment, step_function: Step, state: State, frozen: Tree, start: int = 0
+) -> Iterator[tuple[int, State, dict[str, jax.Array]]]:
+    """Yield (step, state, metrics) after every step; nothing waits for the device.
+
+    The state is donated to the following step: keep what you need of it before asking for more.
+    """
+    host = experiment.data.train_batches(start)
+    batches = prefetch_to_device(host, lambda batch: put_batch(batch, experiment.mesh))
+    for step in range(start + 1, experiment.config.run.steps + 1):
+        state, metrics = step_function(state, frozen, next(batches))
+        yield step, state, metrics
+
+
+def score(experiment: Experiment, tree: Tree, split: str) -> dict[str, float]:
+    """Evaluate a whole tree on the validation or test split, exactly."""
+    put = (put_batch(batch, experiment.mesh) for batch in experiment.data.eval_batches(split))
+    names = experiment.data.labels
+    return evaluate(experiment.predict, (tree,), put, experiment.task, names)
+
+
+def train(experiment: Experiment, workdir: Path) -> dict[str, Any]:
+    """Run an experiment in a folder, from its last checkpoint if there is one.
+
+    Returns the result that is also written to result.json: validation and test metrics.
+    Raises: BadInput if the folder holds a run of another config.
+    """
+    run = experiment.config.run
+    claim(experiment, workdir)
+    print(tables(experiment))
+    step_function = compile_step(experiment)
+    print(plan(experiment, step_function), flush=True)
+    began = time.perf_counter()
+    with closing(Checkpoints(workdir / "checkpoints", keep=run.keep)) as checkpoints:
+        state, frozen = begin(experiment, checkpoints)
+        start = int(state.step)
+        with closing(Logger(workdir, run.steps, resumed=start or None)) as logger:
+            running = due = None
+            for step, state, metrics in advance(experiment, step_function, state, frozen, start):
+                # The last interval is fetched now that the next step is on its way.
+                due = due and logger.write(*due[:1], averages(due[1]))
+                running = accumulate(running, metrics)
+                logger.advance(step)
+                evaluates = bool(run.eval_every) and step % run.eval_every == 0
+                saves = bool(run.save_every) and step % run.save_every == 0
+                if step % run.log_every == 0 or step == run.steps:
+                    due, running = (step, running), None
+                if due and (evaluates or saves or step == run.steps):
+                    due = logger.write(due[0], averages(due[1]))
+                if evaluates and step < run.steps:
+                    tree = join(state.params, state.track, frozen)
+                    scores = score(experiment, tree, "validation")
+                    logger.write(step, prefixed("validation", scores))
+                if saves and step < run.steps:
+                    checkpoints.save(step, state)
+            checkpoints.save(run.steps, state)
+            result = finish(experiment, join(state.params, state.track, frozen), logger)
+    write_json(workdir / "result.json", result | {"seconds": time.perf_counter() - began})
+    return result
+
+
+def finish(experiment: Experiment, tree: Tree, logger: Logger) -> dict[str, dict[str, float]]:
+    """Evaluate the end of a run on validation and, once, on test."""
+    result = {split: score(experiment, tree, split) for split in ("validation", "test")}
+    for split, scores in result.items():
+        logger.write(experiment.config.run.steps, prefixed(split, scores))
+    return result
+
+
+def prefixed(prefix: str, values: Mapping[str, float]) -> dict[str, float]:
+    """Put a split's name before the names of its metrics."""
+    return {f"{prefix}/{name}": value for name, value in values.items()}
+
+
+def git_state() -> str:
+    """Return the commit of the working directory, "+" if it has changes, "" outside git."""
+    commands = ["git rev-parse HEAD", "git status --porcelain"]
+    runs = [subprocess.run(c.split(), capture_output=True, text=True) for c in commands]
+    return runs[0].stdout.strip() + ("+" if runs[1].stdout else "")
+
+
+def claim(experiment: Experiment, workdir: Path) -> None:
+    """Write the run's record, or check that the folder's record is of the same run.
+
+    Raises: BadInput naming the keys that differ; nothing in the folder is changed then.
+    """
+    config = experiment.config.model_dump(mode="json")
+    if (workdir / RECORD).exists():
+        before = read_record(workdir)
+        old, new = flatten(before["config"]), flatten(config)
+        differs = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
+        differs += ["weights (content)"] if before["digest"] != experiment.digest else []
+        if differs:
+            shown = ", ".join(f"{k} ({old.get(k)} -> {new.get(k)})" for k in differs[:4])
+            raise BadInput(
+                f"{workdir} holds a run of another config; it differs in {shown}\n"
+                "give another --workdir, or the same config to go on"
+            )
+        return
+    workdir.mkdir(parents=True, exist_ok=True)
+    device = jax.devices()[0]
+    record = {
+        "config": config,
+        "model": experiment.facts | {"tokenizer": experiment.data.save_tokenizer(workdir)},
+        "digest": experiment.digest,
+        "versions": {package: version(package) for package in PACKAGES},
+        "git": git_state(),
+        "device": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
+    }
+    write_json(workdir / RECORD, record)

