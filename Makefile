@@ -16,6 +16,7 @@ help: ## say what the targets do
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
 
 install: .venv/.core ## make .venv with tljax and what the demo needs
+	@echo "ready: $(BIN)/tljax"
 .venv/.core: pyproject.toml constraints.txt
 	@$(if $(PYTHON),true,echo "Python 3.11 or later with its venv module was not found; name one: make PYTHON=/path/to/python" >&2; exit 1)
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is older than Python 3.11" >&2; exit 1; }
@@ -65,4 +66,4 @@ types: .venv/.dev ## mypy on the package
 check: test lint types ## test, lint, types
 
 clean: ## remove the environment and the caches; assets and runs stay
-	rm -rf .venv .cache .mypy_cache .pytest_cache .ruff_cache .hypothesis build *.egg-info
+	rm -rf .venv .cache .hypothesis build *.egg-info

@@ -65,6 +65,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items[:] = [item for item in items if not reasons[item]]
 
 
+@pytest.hookimpl(trylast=True)  # below the durations, where it is seen
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     for reason, count in left_out.items():
         terminalreporter.write_line(f"left out: {count} tests, {reason}")

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from tljax.checkpoint import SEAL, Checkpoints, read_tree, write_json
 from tljax.state import State
@@ -244,8 +246,19 @@ def test_a_tampered_frozen_file_is_detected(run, how):
     with pytest.raises(BadInput, match="damaged"):
         read_tree(file)
     file.unlink()
-    with pytest.raises(BadInput, match="its folder holds: nothing"):
+    with pytest.raises(BadInput, match=r"its folder holds: \[\]"):
         run.load_frozen(digest, abstract(frozen))
+
+
+def test_a_state_trained_on_another_frozen_tree_is_refused(run):
+    frozen = make_tree()["frozen"]
+    digest = run.save_frozen(frozen)
+    run.save(3, make_state())
+    run.save_frozen(jax.tree.map(lambda x: x + jnp.ones((), x.dtype), frozen))
+    with pytest.raises(BadInput, match=f"trained on frozen tree {digest}"):
+        run.restore(abstract(make_state()))
+    run.save_frozen(frozen)
+    assert_same(run.restore(abstract(make_state())), make_state())
 
 
 def test_a_frozen_tree_of_another_shape_is_refused(run):
@@ -287,51 +300,53 @@ def test_json_documents_are_replaced_whole(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["config.json"]
 
 
-SAVE_ON_EIGHT = """
-    import jax, jax.numpy as jnp, numpy as np, pathlib, sys
-    from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+def layout(kind):
+    """Eight devices as two meshes, or one of them."""
+    if kind == "one":
+        return jax.sharding.SingleDeviceSharding(jax.devices()[5])
+    shape, axis = {"fsdp": ((1, 8), "fsdp"), "both": ((4, 2), "data")}[kind]
+    mesh = jax.make_mesh(shape, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    return NamedSharding(mesh, P(axis))
+
+
+RESTORE_ON_ONE = """
+    import jax, pathlib, sys
+    from tests.test_checkpoint import abstract, assert_same, make_sharded
     from tljax.checkpoint import Checkpoints, read_tree
-    from tljax.state import State
 
-    assert len(jax.devices()) == 8
-    def mesh(*shape):
-        return jax.make_mesh(shape, ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
-    def put(tree, sharding):
-        return jax.tree.map(lambda x: jax.device_put(x, sharding), tree)
-    def template(tree, sharding):
-        shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-        return jax.tree.map(shape, tree)
+    assert len(jax.devices()) == 1
+    home = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    folder = pathlib.Path(sys.argv[1])
+    state, frozen = make_sharded(home)
+    run = Checkpoints(folder / "checkpoints")
+    assert_same(run.restore(abstract(state, home)), state)
+    assert_same(run.load_frozen(sys.argv[2], abstract(frozen, home)), frozen)
+    run.close()
+    found = read_tree(folder)["params"]
+    assert found["head"].tobytes() == state.params["params"]["head"].tobytes()
+    assert found["body"].dtype.name == "bfloat16"
+"""
 
+
+def make_sharded(sharding):
     weights = np.random.default_rng(0).normal(size=(16, 8)).astype(np.float32)
     frozen = {"params": {"body": jnp.asarray(weights, jnp.bfloat16), "head": None}}
     params = {"params": {"body": None, "head": jnp.asarray(weights)}}
     state = State(jnp.arange(8), params, None, {"mu": params})
-    expected = [np.asarray(x).tobytes() for x in jax.tree.leaves((state, frozen))]
-    first = NamedSharding(mesh(1, 8), P("fsdp"))
-    other = NamedSharding(mesh(4, 2), P("data"))
-    one = jax.sharding.SingleDeviceSharding(jax.devices()[5])
-    run = Checkpoints(pathlib.Path(sys.argv[1]) / "checkpoints", keep=1)
-    digest = run.save_frozen(put(frozen, first))
-    run.save(1, put(state, first))
-    for sharding in (first, other, one):
-        back = run.restore(template(state, sharding))
-        base = run.load_frozen(digest, template(frozen, sharding))
-        assert [np.asarray(x).tobytes() for x in jax.tree.leaves((back, base))] == expected
-        assert all(x.sharding == sharding for x in jax.tree.leaves((back, base)))
-    run.close()
-"""
+    return jax.device_put((state, frozen), sharding)
 
 
-def test_saved_on_eight_devices_restored_on_other_layouts_and_on_one(tmp_path):
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
-    command = [sys.executable, "-W", "error", "-c", textwrap.dedent(SAVE_ON_EIGHT), tmp_path]
+def test_saved_on_eight_devices_restored_on_other_layouts_and_on_one(run):
+    assert len(jax.devices()) == 8
+    state, frozen = make_sharded(layout("fsdp"))
+    digest = run.save_frozen(frozen)
+    run.save(1, state)
+    for kind in ("fsdp", "both", "one"):
+        back = run.restore(abstract(state, layout(kind)))
+        base = run.load_frozen(digest, abstract(frozen, layout(kind)))
+        assert_same((back, base), (state, frozen))
+        assert all(x.sharding == layout(kind) for x in jax.tree.leaves((back, base)))
+    code = textwrap.dedent(RESTORE_ON_ONE)
+    command = [sys.executable, "-W", "error", "-c", code, run.folder.parent, digest]
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
     subprocess.run(command, env=env, cwd=ROOT, check=True)
-    weights = np.random.default_rng(0).normal(size=(16, 8)).astype(np.float32)
-    params = {"params": {"body": None, "head": jnp.asarray(weights)}}
-    state = State(jnp.arange(8), params, None, {"mu": params})
-    run = Checkpoints(tmp_path / "checkpoints")
-    assert_same(run.restore(abstract(state)), state)
-    run.close()
-    found = read_tree(tmp_path)
-    np.testing.assert_array_equal(found["params"]["head"], weights)
-    assert bits(found["params"]["body"]) == bits(jnp.asarray(weights, jnp.bfloat16))

@@ -1,5 +1,7 @@
 """Every model against an independent one, and the rules that all models keep."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -18,8 +20,6 @@ IMAGE = {"width": 16, "depth": 2, "heads": 2, "mlp": 32, "patch": 4, "grid": (4,
 TEXT = {"vocab": 50, "width": 16, "depth": 2, "heads": 2, "mlp": 32, "positions": 24}
 
 COMMON = [
-    ("norm1.lambda1", "gamma"),
-    ("attention.attention.", "attention."),
     ("patch_embeddings.projection", "patch"),
     ("cls_token", "cls"),
     ("position_embeddings.weight", "position.embedding"),
@@ -109,11 +109,39 @@ def randomise(model, seed=0):
                 centre = 1.0 if name.endswith(("weight", "lambda1")) else 0.0
                 leaf.copy_(centre + 0.3 * noise)
             else:
-                leaf.copy_(noise / np.sqrt(leaf[0].numel()) if leaf.ndim in (2, 4) else noise)
+                leaf.copy_(noise / np.sqrt(leaf[0].numel() / 2) if leaf.ndim in (2, 4) else noise)
         for name, leaf in model.named_buffers():
-            if "running" in name:
+            if name.endswith("running_mean"):
+                leaf.copy_(0.3 * torch.randn(leaf.shape, generator=generator))
+            if name.endswith("running_var"):
                 leaf.copy_(0.5 + torch.rand(leaf.shape, generator=generator))
     return model
+
+
+def randomise_off_kinks(model, *inputs):
+    """Randomise so that no relu gets a value near zero.
+
+    There a difference in rounding flips a gradient of order one, in torch or here, by right.
+    """
+    import torch
+
+    class Margin(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, function, types, args=(), kwargs=None):
+            if function in (torch.relu, torch.nn.functional.relu):
+                size = args[0].detach().abs()
+                self.least = min(self.least, float(size.min() / size.max()))
+            return function(*args, **(kwargs or {}))
+
+    for seed in range(100):
+        randomise(model, seed)
+        kept = {name: leaf.clone() for name, leaf in model.named_buffers()}
+        with Margin() as margin, torch.no_grad():
+            margin.least = 1.0
+            model(*inputs)
+        model.load_state_dict(kept, strict=False)  # a training pass moved the statistics
+        if margin.least > 3e-6:  # forward differences are up to 3e-6 of the largest value
+            return model
+    raise AssertionError("no seed keeps clear of relu's kink")
 
 
 def weights(model, stages=()):
@@ -142,15 +170,15 @@ def agree(model, variables, inputs, reference, theirs, stages=(), mutable=False)
     random = np.random.default_rng(1)
     directions = {n: random.normal(size=v.shape).astype(np.float32) for n, v in theirs.items()}
 
-    def functional(params):
-        tree = variables | {"params": params}
+    def functional(params, rest, inputs, directions):
         collections = ["batch_stats"] if mutable else []
-        output, updates = model.apply(tree, *inputs, mutable=collections)
+        output, updates = model.apply({"params": params} | rest, *inputs, mutable=collections)
         total = sum((getattr(output, n) * d).sum() for n, d in directions.items())
         return total, (output, updates)
 
     compute = jax.jit(jax.value_and_grad(functional, has_aux=True))
-    (_, (output, updates)), gradients = compute(variables["params"])
+    rest = {name: tree for name, tree in variables.items() if name != "params"}
+    (_, (output, updates)), gradients = compute(variables["params"], rest, inputs, directions)
     for name, value in theirs.items():
         close(getattr(output, name), value.detach(), OUTPUTS)
 
@@ -188,7 +216,11 @@ def test_vit_equals_transformers():
     reference = randomise(ViTForImageClassification(config).eval())
     x = images(3, 16, 16, 3)
     tokens = reference.vit(to_torch(x)).last_hidden_state
-    theirs = {"tokens": tokens, "pooled": tokens[:, 0], "logits": reference.classifier(tokens[:, 0])}
+    theirs = {
+        "tokens": tokens,
+        "pooled": tokens[:, 0],
+        "logits": reference.classifier(tokens[:, 0]),
+    }
     model = ViT(**IMAGE, eps=1e-12, num_classes=5)
     agree(model, weights(reference), [jnp.array(x)], reference, theirs)
 
@@ -235,8 +267,11 @@ def bert_config():
 
 
 def sentences():
-    """Three padded texts: ids, mask, and a second sentence from the sixth token on."""
-    ids = np.random.default_rng(0).integers(0, 50, (3, 9))
+    """Three padded texts: ids, mask, and a second sentence from the sixth token on.
+
+    Without the id 0: transformers gives its embedding no gradient (padding_idx).
+    """
+    ids = np.random.default_rng(0).integers(1, 50, (3, 9))
     mask = np.arange(9)[None] < np.array([[9], [4], [6]])
     types = np.broadcast_to(np.arange(9) > 5, (3, 9))
     return [np.asarray(value, np.int32) for value in (ids, mask, types)]
@@ -303,7 +338,7 @@ def resnets(bottleneck):
         layer_type="bottleneck" if bottleneck else "basic", num_labels=5,
     )  # fmt: skip
     model = ResNet(stages=stages, width=8, bottleneck=bottleneck, num_classes=5)
-    return model, randomise(ResNetForImageClassification(config)), stages
+    return model, ResNetForImageClassification(config), stages
 
 
 @pytest.mark.torch
@@ -311,22 +346,22 @@ def resnets(bottleneck):
 @pytest.mark.parametrize("training", [False, True])
 def test_resnet_equals_transformers(bottleneck, training):
     model, reference, stages = resnets(bottleneck)
-    reference.train(training)
+    x = images(3, 35, 38, 3)
+    reference = randomise_off_kinks(reference.train(training), to_torch(x))
     norms = {n: m for n, m in reference.named_modules() if n.endswith("normalization")}
     counts = {}
     for name, norm in norms.items():
         norm.register_forward_hook(
-            lambda m, inputs, _, name=name: counts.update({name: inputs[0].numel() // m.num_features})
+            lambda m, inputs, _, name=name: counts.update(
+                {name: inputs[0].numel() // m.num_features}
+            )
         )
     before = weights(reference, stages)
-    x = images(4, 67, 70, 3)
     features = reference.resnet(to_torch(x))
     pooled = features.pooler_output.flatten(1)
     tokens = features.last_hidden_state.permute(0, 2, 3, 1).flatten(1, 2)
     theirs = {"tokens": tokens, "pooled": pooled, "logits": reference.classifier(pooled)}
-    updates = agree(
-        model, before, [jnp.array(x)], reference, theirs, stages, mutable=training
-    )
+    updates = agree(model, before, [jnp.array(x)], reference, theirs, stages, mutable=training)
     old, new = flatten({"batch_stats": before["batch_stats"]}), flatten(updates)
     assert new.keys() == (old.keys() if training else set())
     expected = flatten(weights(reference, stages))
@@ -392,8 +427,8 @@ def bit_in_torch():
 
 @pytest.mark.torch
 def test_bit_equals_torch():
-    reference = randomise(bit_in_torch())
     x = images(2, 41, 38, 3)
+    reference = randomise_off_kinks(bit_in_torch(), to_torch(x))
     features, logits = reference(to_torch(x))
     theirs = {"tokens": features.permute(0, 2, 3, 1).flatten(1, 2), "logits": logits}
     model = ResNet(stages=(1, 2), width=32, norm="group", num_classes=5)
@@ -414,6 +449,12 @@ def build(kind, **fields):
     norm = "batch" if kind == "resnet" else "group"
     fields = {"stages": (1, 1), "width": 8, "norm": norm, "stem": "small"} | fields
     return ResNet(**fields), [jnp.array(images(2, 12, 12, 3))]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def apply(model, variables, inputs, rngs=None):
+    """Run a model in one compiled program."""
+    return model.apply(variables, *inputs, rngs=rngs)
 
 
 def start(model, inputs, seed=0):
@@ -437,12 +478,12 @@ def test_reading_a_block_equals_the_model_without_the_blocks_above(kind):
         cut = Bert(**fields, num_classes=3)
     else:
         cut, _ = build(kind, **shallow, num_classes=3)
-    ours, expected = whole.apply(variables, *inputs), None
+    ours, expected = apply(whole, variables, inputs), None
     if kind == "bit":  # without blocks above, BiT's final norm applies: compare before it
         assert variables["params"]["norm"]["scale"].shape == (64,)
         assert ours.tokens.shape == (2, 144, 32)
         return
-    expected = cut.apply(variables, *inputs)
+    expected = apply(cut, variables, inputs)
     for name in ("tokens", "pooled", "logits"):
         np.testing.assert_array_equal(getattr(ours, name), getattr(expected, name))
 
@@ -450,10 +491,12 @@ def test_reading_a_block_equals_the_model_without_the_blocks_above(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_head_starts_at_zero(kind):
     model, inputs = build(kind, num_classes=3)
-    variables = model.init(jax.random.key(0), *inputs)
-    assert not model.apply(variables, *inputs).logits.any()
+    variables = jax.jit(model.init)(jax.random.key(0), *inputs)
+    assert not apply(model, variables, inputs).logits.any()
     without, _ = build(kind)
-    assert without.apply(without.init(jax.random.key(0), *inputs), *inputs).logits is None
+    shapes = jax.eval_shape(without.init, jax.random.key(0), *inputs)
+    assert "head" not in shapes["params"]
+    assert jax.eval_shape(without.apply, shapes, *inputs).logits is None
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -462,7 +505,7 @@ def test_bfloat16_runs_and_stays_near_float32(kind):
     variables = start(exact, inputs)
     half, _ = build(kind, num_classes=3, dtype=jnp.bfloat16)
     low = {"params": jax.tree.map(lambda v: v.astype(jnp.bfloat16), variables["params"])}
-    ours, expected = half.apply(variables | low, *inputs), exact.apply(variables, *inputs)
+    ours, expected = apply(half, variables | low, inputs), apply(exact, variables, inputs)
     assert ours.tokens.dtype == jnp.bfloat16
     assert ours.logits.dtype == jnp.float32
     # Rounding to 8 bits, a few layers deep, in the mean over all values.
@@ -477,12 +520,12 @@ def test_dropout_is_on_only_with_its_rng(kind, field):
     model, inputs = build(kind, **{field: 0.5})
     plain, _ = build(kind)
     variables = start(plain, inputs)
-    still = model.apply(variables, *inputs).tokens
-    np.testing.assert_array_equal(still, plain.apply(variables, *inputs).tokens)
+    still = apply(model, variables, inputs).tokens
+    np.testing.assert_array_equal(still, apply(plain, variables, inputs).tokens)
     key = jax.random.key(1)
-    dropped = model.apply(variables, *inputs, rngs={"dropout": key}).tokens
+    dropped = apply(model, variables, inputs, {"dropout": key}).tokens
     assert np.abs(dropped - still).max() > 0.1
-    again = model.apply(variables, *inputs, rngs={"dropout": key}).tokens
+    again = apply(model, variables, inputs, {"dropout": key}).tokens
     np.testing.assert_array_equal(dropped, again)
 
 
@@ -491,7 +534,7 @@ def test_padding_does_not_affect_the_other_tokens():
     variables = start(model, [ids, mask, types])
     other = jnp.where(mask == 1, ids, (ids + 7) % 50)
     assert (other != ids).any()
-    ours, changed = (model.apply(variables, i, mask, types) for i in (ids, other))
+    ours, changed = (apply(model, variables, [i, mask, types]) for i in (ids, other))
     np.testing.assert_array_equal(ours.pooled, changed.pooled)
     kept = np.asarray(mask, bool)
     np.testing.assert_array_equal(ours.tokens[kept], changed.tokens[kept])
@@ -500,8 +543,8 @@ def test_padding_does_not_affect_the_other_tokens():
 def test_a_text_alone_equals_the_text_padded():
     model, (ids, mask, types) = build("bert")
     variables = start(model, [ids, mask, types])
-    padded = model.apply(variables, ids, mask, types).pooled[1]
-    alone = model.apply(variables, ids[1:2, :4]).pooled[0]
+    padded = apply(model, variables, [ids, mask, types]).pooled[1]
+    alone = apply(model, variables, [ids[1:2, :4]]).pooled[0]
     # Sums of other lengths round differently.
     close(padded, alone, 1e-5)
 
@@ -509,7 +552,7 @@ def test_a_text_alone_equals_the_text_padded():
 def test_a_row_of_padding_alone_stays_finite():
     model, (ids, mask, types) = build("bert")
     variables = start(model, [ids, mask, types])
-    output = model.apply(variables, ids, jnp.zeros_like(mask), types)
+    output = apply(model, variables, [ids, jnp.zeros_like(mask), types])
     assert np.isfinite(output.tokens).all()
     assert not output.pooled.any()
 
@@ -518,7 +561,7 @@ def test_pools_of_the_vit_are_made_of_the_same_tokens():
     outputs = {}
     for pool in ("cls", "mean", "cls+mean"):
         model, inputs = build("vit", pool=pool)
-        outputs[pool] = model.apply(start(model, inputs), *inputs)
+        outputs[pool] = apply(model, start(model, inputs), inputs)
     tokens = outputs["cls"].tokens
     np.testing.assert_array_equal(outputs["cls"].pooled, tokens[:, 0])
     close(outputs["mean"].pooled, tokens[:, 1:].mean(1), 1e-6)
@@ -530,7 +573,7 @@ def test_the_exact_gelu_is_not_the_tanh_one():
     exact, inputs = build("vit")
     tanh, _ = build("vit", activation="gelu_tanh")
     variables = start(exact, inputs)
-    ours, other = exact.apply(variables, *inputs).tokens, tanh.apply(variables, *inputs).tokens
+    ours, other = apply(exact, variables, inputs).tokens, apply(tanh, variables, inputs).tokens
     assert np.abs(ours - other).max() > OUTPUTS * np.abs(ours).max()
 
 

@@ -66,7 +66,7 @@ def overrides_of(rest: Sequence[str], parser: argparse.ArgumentParser) -> dict[s
 def run(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
     """Do what the verb says."""
     # Imported late, so that --help and a misspelt verb answer at once.
-    from tljax import demo, inference, train
+    from tljax import inference, train
     from tljax.build import build, precision, read_config
     from tljax.caching import use_compilation_cache
 
@@ -87,6 +87,8 @@ def run(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
         count = inference.predict_run(arguments.workdir, arguments.paths, arguments.out)
         print(f"{count} predictions in {arguments.out}")
     else:
+        from tljax import demo
+
         demo.run(arguments.out, arguments.fast)
 
 

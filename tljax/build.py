@@ -1,17 +1,19 @@
 """From a config to an experiment: the only reader of configs, every name in a literal table."""
 
+import ast
 import inspect
+import runpy
 import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import ml_collections
 from flax import linen as nn
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from tljax import objectives, optim, sharding
@@ -26,11 +28,12 @@ from tljax.state import Roles, State, apply_edits, assign_roles, make_birth, opt
 from tljax.step import Shardings, Step, make_step
 from tljax.strategies import STRATEGIES, Average, Strategy
 from tljax.tree import flatten, nearest, split
-from tljax.types import BadInput, Edit, Tree
+from tljax.types import BadInput, Edit, Key, Tree
 from tljax.weights import Source
 
 MODELS: dict[str, type[nn.Module]] = {"vit": ViT, "resnet": ResNet, "bert": Bert}
-RESERVED = {"parent", "name", "dtype", "num_classes", "mlm", "tokens", "tree", "source", "read"}
+DECIDED = {"parent", "name", "dtype", "num_classes", "mlm", "tokens", "tree", "source"}
+"""Arguments that the data, the task or the build decide: no option of a config."""
 
 
 def pick(table: Mapping[str, Any], name: str, what: str) -> Any:
@@ -42,8 +45,8 @@ def pick(table: Mapping[str, Any], name: str, what: str) -> Any:
 
 def check_options(function: Callable[..., Any], options: Mapping[str, Any], where: str) -> None:
     """Check option names and types against a signature; raises BadInput for what does not fit."""
-    hints = typing.get_type_hints(function.__init__ if inspect.isclass(function) else function)
-    known = [name for name in inspect.signature(function).parameters if name not in RESERVED]
+    hints = typing.get_type_hints(function)
+    known = [name for name in inspect.signature(function).parameters if name not in DECIDED]
     strict = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
     for name, value in options.items():
         if name not in known:
@@ -57,9 +60,42 @@ def check_options(function: Callable[..., Any], options: Mapping[str, Any], wher
             raise BadInput(f"{where}.{name} must not be negative (given {value!r})")
 
 
-def from_config_dict(config: ml_collections.ConfigDict) -> Config:
-    """Check a ConfigDict against the schema."""
-    return parse(config.to_dict())
+def read_config(place: str, overrides: Mapping[str, str]) -> Config:
+    """Run a config file's `get_config(WORD)`, apply dotted overrides, and check the result.
+
+    place: "configs/x.py" or "configs/x.py:WORD".  An override is a Python literal, else a string.
+    Raises: BadInput for a missing file, a file without get_config, or anything the schema refuses.
+    """
+    path, _, word = place.partition(":")
+    if not Path(path).is_file():
+        near = nearest(path, [str(other) for other in Path(path).parent.glob("*.py")])
+        raise BadInput(f"no config file {path}; nearest: {near}")
+    function = runpy.run_path(path).get("get_config")
+    if function is None:
+        raise BadInput(f"{path} has no get_config()")
+    values = (function(word) if word else function()).to_dict()
+    for dotted, text in overrides.items():
+        *parents, name = dotted.split(".")
+        section = values
+        for parent in parents:
+            section = section.setdefault(parent, {})
+            if not isinstance(section, dict):
+                raise BadInput(f"config key {dotted}: {parent} is a value, not a section")
+        section[name] = literal(text)
+    return parse(values)
+
+
+def literal(text: str) -> Any:
+    """Read a Python literal; any other text is itself."""
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text
+
+
+def precision(config: Config) -> Any:
+    """Return the context in which a run's matmuls have the precision its config asks for."""
+    return jax.default_matmul_precision(config.precision.matmul)
 
 
 @dataclass(frozen=True)
@@ -77,7 +113,7 @@ class Experiment:
     specs: Tree
     shardings: Shardings
     edits: tuple[Edit, ...]
-    birth: Callable[[], tuple[State, Tree]]
+    birth: Callable[[Key], tuple[State, Tree]]
     abstract: tuple[State, Tree]
     step: Step
     predict: Callable[[Tree, Any], dict[str, jax.Array]]
@@ -85,19 +121,37 @@ class Experiment:
     digest: str
 
 
-def make_model(config: Config, source: Source | None, pipeline: Pipeline, task: str) -> Any:
-    """Build the model and the facts that describe it: source's fields, then the config's."""
+def derived_fields(name: str, config: Config, pipeline: Pipeline) -> dict[str, Any]:
+    """Return the fields of a new model that its data decide."""
+    if name == "vit":
+        cells = config.data.image_size // config.model.get("patch", ViT.patch)
+        return {"grid": (cells, cells)}
+    if name == "bert":
+        return {"vocab": pipeline.tokenizer.vocab_size, "pooler": False}
+    return {}
+
+
+def make_model(
+    config: Config, source: Source | None, pipeline: Pipeline
+) -> tuple[nn.Module, dict[str, Any]]:
+    """Build the model and the facts that describe it: the source's fields, then the config's."""
     overrides = {name: value for name, value in config.model.items() if name != "name"}
     name = source.arch if source else config.model["name"]
     if config.model.get("name", name) != name:
-        raise BadInput(f"weights {config.weights} are a {name}, not a {config.model['name']}")
+        raise BadInput(f"weights {config.weights!r} are a {name}, not a {config.model['name']}")
     kind = pick(MODELS, name, "model")
     check_options(kind, overrides, "model")
-    fields = pipeline.model_fields(name) | (dict(source.fields) if source else {}) | overrides
-    own = {"num_classes": pipeline.num_outputs if task != "mlm" else None}
-    own |= {"mlm": task == "mlm", "tokens": task == "tag"} if name == "bert" else {}
-    model = kind(**fields, **own, dtype=jnp.dtype(config.precision.compute))
-    return model, {"name": name, "fields": fields, "own": own}
+    if (pipeline.tokenizer is None) == (name == "bert"):
+        raise BadInput(f"a {name} cannot read data {config.data.name!r}: text goes with bert")
+    fields = dict(source.fields) if source else derived_fields(name, config, pipeline)
+    fields = {name: value for name, value in fields.items() if name not in DECIDED} | overrides
+    is_mlm = pipeline.task == "mlm"
+    fields["num_classes"] = None if is_mlm else pipeline.num_outputs
+    if name == "bert":
+        fields |= {"mlm": is_mlm, "tokens": pipeline.task == "tag"}
+    facts = {"name": name, "fields": fields, "task": pipeline.task, "labels": pipeline.labels}
+    model = kind(**fields, dtype=jnp.dtype(config.precision.compute))
+    return model, facts | {"preprocess": pipeline.preprocess}
 
 
 def load_edit(source: Source, abstract: Tree, labels: Any) -> tuple[tuple[Edit, ...], Report]:
@@ -124,10 +178,17 @@ def build(config: Config) -> Experiment:
     sharding.check_batch(config.run.batch, mesh, config.run.microbatches)
     pick(STRATEGIES, config.strategy.name, "strategy")
     source = open_source(config.weights) if config.weights else None
-    pipeline = open_pipeline(config.data, config.task, source, config.run, config.seed)
+    pipeline = open_pipeline(
+        config.data,
+        config.task,
+        preprocess=source.preprocess if source else None,
+        tokenizer=source.tokenizer if source else None,
+        batch=config.run.batch,
+        threads=config.run.threads,
+        seed=config.seed,
+    )
     task = pipeline.task
-    model, facts = make_model(config, source, pipeline, task)
-    facts |= {"preprocess": pipeline.preprocess, "labels": pipeline.labels, "task": task}
+    model, facts = make_model(config, source, pipeline)
     batch = pipeline.example_batch()
     init = partial(init_model, model, batch)
     key = jax.random.key(config.seed)
@@ -160,7 +221,7 @@ def build(config: Config) -> Experiment:
         specs=specs,
         shardings=shardings,
         edits=strategy.edits,
-        birth=partial(with_sharding, strategy.edits, key),
+        birth=partial(with_sharding, strategy.edits),
         abstract=place(abstract, (shardings.state, shardings.frozen)),
         step=make_step(objective, tx, config.seed, shardings, config.run.microbatches),
         predict=jax.jit(predict, out_shardings=shardings.scalar),

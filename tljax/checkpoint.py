@@ -42,7 +42,10 @@ class Checkpoints:
             create=keep is not None,
             cleanup_tmp_directories=keep is not None,
         )
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
+        handlers = {"state": ocp.StandardCheckpointHandler()}
+        self._manager = ocp.CheckpointManager(
+            self.folder, item_handlers=handlers, item_names=("state",), options=options
+        )
         self._frozen: str | None = None
         self._unsealed: Path | None = None
 
@@ -83,24 +86,24 @@ class Checkpoints:
     def restore(self, abstract: Any, step: int | None = None) -> Any:
         """Read a state, bitwise as saved, onto the shardings of `abstract` (newest step if None).
 
-        Raises: BadInput for a step that is missing, damaged or of another structure.
+        Raises: BadInput for a step that is missing, damaged, of another structure, or trained on
+        another frozen tree than the one that was saved or loaded here.
         """
-        with self._reading(step) as (found, path):
-            stored = ocp.PyTreeCheckpointHandler().metadata(path).tree
+        with self._reading(step) as (found, stored, digest):
+            if self._frozen not in (None, digest):
+                raise BadInput(f"it was trained on frozen tree {digest}, this is {self._frozen}")
             _require_equal(stored, abstract)
             args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
             return self._manager.restore(found, args=args)["state"]
 
     def read(self, step: int | None = None) -> Tree:
         """Read the model tree of a step, frozen leaves included, as numpy arrays."""
-        with self._reading(step) as (found, path):
-            handler = ocp.PyTreeCheckpointHandler()
-            stored = handler.metadata(path).tree
+        with self._reading(step) as (found, stored, digest):
             wanted = {name: stored[name] for name in ("params", "track")}
             kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
             args = ocp.args.PyTreeRestore(wanted, restore_args=kinds, partial_restore=True)
-            parts = handler.restore(path, args=args)
-            digest = (self._manager.metadata(found).custom_metadata or {}).get("frozen")
+            path = self._manager.directory / str(found) / "state"
+            parts = ocp.PyTreeCheckpointHandler().restore(path, args=args)
             frozen = unflatten(_load_verified(self._frozen_file(digest))) if digest else {}
         return unflatten(flatten(join(parts["params"], parts["track"], frozen)))
 
@@ -108,9 +111,7 @@ class Checkpoints:
         """Write the frozen leaves once, whole or not at all, and return their digest."""
         content = safetensors.numpy.save({k: _on_host(leaf) for k, leaf in flatten(tree).items()})
         self._frozen = hashlib.sha256(content).hexdigest()[:32]
-        path = self._frozen_file(self._frozen)
-        if jax.process_index() == 0 and not path.exists():
-            path.parent.mkdir(parents=True, exist_ok=True)
+        if not (path := self._frozen_file(self._frozen)).exists():
             _write(path, content)
         if jax.process_count() > 1:
             multihost_utils.sync_global_devices("frozen tree saved")
@@ -134,8 +135,8 @@ class Checkpoints:
         return self.folder.parent / "frozen" / f"{digest}.safetensors"
 
     @contextlib.contextmanager
-    def _reading(self, step: int | None) -> Iterator[tuple[int, Path]]:
-        """Find a saved step (the newest for None) and its state; failures name step and file."""
+    def _reading(self, step: int | None) -> Iterator[tuple[int, Tree, str | None]]:
+        """Find a step (the newest for None), its structure and frozen digest; name any damage."""
         self.wait()
         found = self.latest() if step is None else step
         others = ", ".join(str(other) for other in self.steps() if other != found) or "none"
@@ -144,7 +145,8 @@ class Checkpoints:
         folder = self.folder / str(found)
         try:
             _require_undamaged(folder)
-            yield found, self._manager.directory / str(found) / "state"
+            metadata = self._manager.metadata(found)
+            yield found, metadata.item_metadata["state"].tree, metadata.custom_metadata["frozen"]
         except Exception as error:  # tensorstore raises a bare Exception with a page of text
             raise BadInput(
                 f"checkpoint of step {found}, {folder}: {str(error).splitlines()[0][:300]}\n"
@@ -168,17 +170,18 @@ def read_tree(path: str | Path) -> Tree:
 
 def write_json(path: str | Path, content: Any) -> None:
     """Write a document whole or not at all; of several processes the first one writes."""
-    if jax.process_index() == 0:
-        _write(Path(path), f"{json.dumps(content, indent=2)}\n".encode())
+    _write(Path(path), f"{json.dumps(content, indent=2)}\n".encode())
 
 
 def _write(path: Path, content: bytes) -> None:
-    temporary = path.with_name(f"{path.name}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    if jax.process_index() == 0:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{path.name}.tmp")
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
 
 
 def _checksums(folder: Path) -> dict[str, str]:
@@ -219,9 +222,9 @@ def _on_host(leaf: Any) -> np.ndarray:
 
 
 def _load_verified(path: Path) -> dict[str, np.ndarray]:
-    there = ", ".join(sorted(file.name for file in path.parent.glob("*.safetensors")))
     if not path.exists():
-        raise BadInput(f"no frozen tree {path}; its folder holds: {there or 'nothing'}")
+        there = sorted(file.name for file in path.parent.glob("*.safetensors"))
+        raise BadInput(f"no frozen tree {path}; its folder holds: {there}")
     with open(path, "rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()[:32]
     if found != path.stem:

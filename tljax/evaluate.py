@@ -33,7 +33,7 @@ def evaluate(
     """
     collected = [_fetch(rows) for rows in _run_ahead(predict, args, batches, task)]
     rows = _concatenate(collected)
-    n = len(next(iter(rows.values()), ()))
+    names, n = names or (), len(next(iter(rows.values()), ()))
     if n == 0:
         raise BadInput(
             f"nothing to evaluate: {len(collected)} batches with no valid row;"
@@ -46,25 +46,25 @@ def evaluate(
 
 
 def interval(
-    task: str, rows: Rows, names: Sequence[str] | None = None, seed: int = 0
+    task: str, rows: Rows, names: Sequence[str] = (), seed: int = 0
 ) -> tuple[float, float]:
     """Bound the primary metric; where tokens are scored, the sample is sentences, not tokens."""
+    # n resamples cost n times the statistic, so large arrays get fewer.
+    n = int(np.clip(2e7 // sum(array.size for array in rows.values()), 100, 2000))
+
+    def bound(statistic: Callable[..., float], *sample: np.ndarray) -> tuple[float, float]:
+        return metrics.bootstrap(sample, statistic, seed, n)
+
     if task == "classify":
         right = rows["logits"].argmax(-1) == rows["label"]
         return metrics.wilson(int(right.sum()), len(right))
-    if task == "multilabel":
-        sample, statistic = (rows["logits"], rows["label"]), metrics.mean_average_precision
-    elif task == "regress":
-        sample, statistic = (rows["logits"], rows["label"]), metrics.spearman
-    elif task == "mlm":
-        sample, statistic = (np.stack([rows["loss"], rows["count"]], -1),), metrics.ratio
-    elif metrics.is_bio(names):
-        sample, statistic = (metrics.entity_counts(rows, names),), metrics.ratio
-    else:
-        sample, statistic = (metrics.token_counts(rows),), metrics.ratio
-    # n resamples cost n times the statistic, so large arrays get fewer.
-    n = int(np.clip(2e7 // sum(array.size for array in sample), 100, 2000))
-    return metrics.bootstrap(sample, statistic, seed, n)
+    if task == "mlm":
+        return bound(metrics.ratio, np.stack([rows["loss"], rows["count"]], -1))
+    if task == "tag":
+        counts = metrics.entity_counts if metrics.is_bio(names) else metrics.token_counts
+        return bound(metrics.ratio, counts(rows, names))
+    statistic = {"multilabel": metrics.mean_average_precision, "regress": metrics.spearman}[task]
+    return bound(statistic, rows["logits"], rows["label"])
 
 
 def _run_ahead(

@@ -78,13 +78,13 @@ class Dense(nn.Module):
     features: int
     use_bias: bool = True
     dtype: Any = jnp.float32
-    init: Init = lecun_normal
+    kernel_init: Init = lecun_normal
 
     @nn.compact
     def __call__(self, x: Features) -> Projected:
         # On XLA:CPU the weight gradient of the unflattened product is 3 times slower.
         rows = x.reshape(-1, x.shape[-1]).astype(self.dtype)
-        kernel = self.param("kernel", self.init, (x.shape[-1], self.features))
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
         y = rows @ kernel.astype(self.dtype)
         if self.has_variable("params", "lora"):
             y += self.low_rank(rows)
@@ -109,7 +109,7 @@ def zero_head(classes: int | None, features: Features) -> Projected | None:
     """Apply the calling module's Dense "head", which starts at zero and runs in float32."""
     if classes is None:
         return None
-    return Dense(classes, init=nn.initializers.zeros, name="head")(features)
+    return Dense(classes, kernel_init=nn.initializers.zeros, name="head")(features)
 
 
 class Conv(nn.Module):
@@ -299,7 +299,7 @@ class Attention(nn.Module):
 
     heads: int
     dtype: Any = jnp.float32
-    init: Init = lecun_normal
+    kernel_init: Init = lecun_normal
 
     @nn.compact
     def __call__(self, x: Tokens, mask: Bool[Array, "b l"] | None = None) -> Tokens:
@@ -307,7 +307,7 @@ class Attention(nn.Module):
             raise BadInput(f"width {x.shape[-1]} does not divide into heads={self.heads}")
 
         def dense(name: str) -> Dense:
-            return Dense(x.shape[-1], dtype=self.dtype, init=self.init, name=name)
+            return Dense(x.shape[-1], dtype=self.dtype, kernel_init=self.kernel_init, name=name)
 
         split = "b l (h k) -> b l h k"
         query, key, value = (
@@ -324,13 +324,13 @@ class Mlp(nn.Module):
     hidden: int
     activation: str = "gelu"
     dtype: Any = jnp.float32
-    init: Init = lecun_normal
+    kernel_init: Init = lecun_normal
 
     @nn.compact
     def __call__(self, x: Features) -> Features:
         act = choose(ACTIVATIONS, self.activation, "activation")
-        y = act(Dense(self.hidden, dtype=self.dtype, init=self.init, name="up")(x))
-        return Dense(x.shape[-1], dtype=self.dtype, init=self.init, name="down")(y)
+        y = act(Dense(self.hidden, dtype=self.dtype, kernel_init=self.kernel_init, name="up")(x))
+        return Dense(x.shape[-1], dtype=self.dtype, kernel_init=self.kernel_init, name="down")(y)
 
 
 def last_block(read: str | None, depth: int) -> int:

@@ -2,13 +2,12 @@
 
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import make_dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import jax
 import numpy as np
@@ -42,7 +41,7 @@ def accumulate(
 ) -> dict[str, Average]:
     """Add one step's scalars to running averages without waiting for the device."""
     new = {name: Average(value, 1) for name, value in values.items()}
-    return new if running is None else {name: running[name].merge(new[name]) for name in new}
+    return {name: running[name].merge(new[name]) for name in new} if running else new
 
 
 def averages(running: dict[str, Average]) -> dict[str, float]:
@@ -50,7 +49,7 @@ def averages(running: dict[str, Average]) -> dict[str, float]:
     return {name: float(one.compute()) for name, one in jax.device_get(running).items()}
 
 
-def score(task: str, rows: Rows, names: Sequence[str] | None = None) -> dict[str, float]:
+def score(task: str, rows: Rows, names: Sequence[str] = ()) -> dict[str, float]:
     """Compute the metrics of a task, in float64; undefined ones (a constant's rank) are nan.
 
     `names` are the label names: a tag task whose names are BIO tags gets entity F1.
@@ -119,8 +118,8 @@ def _multilabel(rows: Rows) -> dict[str, float]:
 
 def spearman(one: Num[np.ndarray, " n"], other: Num[np.ndarray, " n"]) -> float:
     """Correlate ranks; nan if either side is constant."""
-    varied = min(np.ptp(one), np.ptp(other)) > 0
-    return float(stats.spearmanr(one, other).statistic) if varied else math.nan
+    ranks = stats.rankdata([one, other], axis=1)
+    return float(np.corrcoef(ranks)[0, 1]) if np.ptp(ranks, axis=1).min() > 0 else math.nan
 
 
 def _regress(rows: Rows) -> dict[str, float]:
@@ -140,7 +139,7 @@ def _mlm(rows: Rows) -> dict[str, float]:
     }
 
 
-def is_bio(names: Sequence[str] | None) -> bool:
+def is_bio(names: Sequence[str]) -> bool:
     """Tell whether label names are BIO tags of entities."""
     return bool(names) and all(name == "O" or name[:2] in ("B-", "I-") for name in names)
 
@@ -174,7 +173,7 @@ def entity_counts(rows: Rows, names: Sequence[str]) -> Int[np.ndarray, "n 2"]:
     return np.array(counts)
 
 
-def token_counts(rows: Rows) -> Int[np.ndarray, "n 2"]:
+def token_counts(rows: Rows, names: Sequence[str] = ()) -> Int[np.ndarray, "n 2"]:
     """Count per sentence the tokens that are right and all that have a label."""
     kept = rows["label"] >= 0
     return np.stack([(kept & (rows["prediction"] == rows["label"])).sum(-1), kept.sum(-1)], -1)
@@ -212,10 +211,9 @@ def bootstrap(
 
 def mean_interval(values: Sequence[float], level: float = 0.95) -> tuple[float, float]:
     """Bound the mean over seeds by Student's t; one seed bounds nothing (nan)."""
-    if len(values) < 2:
-        return math.nan, math.nan
-    half = stats.t.ppf((1 + level) / 2, len(values) - 1) * stats.sem(values)
-    return float(np.mean(values) - half), float(np.mean(values) + half)
+    size, mean = len(values), float(np.mean(values))
+    half = stats.t.ppf((1 + level) / 2, size - 1) * stats.sem(values) if size > 1 else math.nan
+    return float(mean - half), float(mean + half)
 
 
 class Logger:
@@ -234,9 +232,13 @@ class Logger:
         self._start = (resumed or 0, time.monotonic())
         if self._active:
             Path(workdir).mkdir(parents=True, exist_ok=True)
-            kept = -1 if resumed is None else resumed
-            self._file = _open_after(Path(workdir) / "metrics.jsonl", kept)
-            self._events = SummaryWriter(str(Path(workdir) / "events"), purge_step=kept + 1)
+            last = -1 if resumed is None else resumed
+            self._file = open(Path(workdir) / "metrics.jsonl", "a+")  # noqa: SIM115
+            self._file.seek(0)
+            # Steps only grow, so what is kept is a prefix; a line that a kill cut off goes too.
+            whole = [line for line in self._file if line.endswith("\n")]
+            self._file.truncate(sum(len(x) for x in whole if json.loads(x)["step"] <= last))
+            self._events = SummaryWriter(str(Path(workdir) / "events"), purge_step=last + 1)
             plain, first = not sys.stdout.isatty(), self._start[0]
             self._bar = tqdm(total=total, initial=first, file=sys.stdout, disable=plain)
 
@@ -271,15 +273,6 @@ class Logger:
             self._file.close()
             self._events.close()
             self._bar.close()
-
-
-def _open_after(path: Path, step: int) -> TextIO:
-    """Open a JSONL file behind the lines up to `step`; a line that a kill cut off goes too."""
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
-    kept = [line for line in lines if line.endswith(b"\n") and json.loads(line)["step"] <= step]
-    if lines:
-        os.truncate(path, sum(map(len, kept)))  # steps only grow: what is kept is a prefix
-    return open(path, "a")
 
 
 _Row = make_dataclass("_Row", ["path", "shape", "dtype", "role", "spec"])

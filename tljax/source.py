@@ -39,6 +39,11 @@ def plain(tree: Tree) -> Tree:
     return found
 
 
+def as_fields(stored: dict[str, Any]) -> dict[str, Any]:
+    """Return model fields as JSON kept them: its lists were tuples."""
+    return {name: tuple(v) if isinstance(v, list) else v for name, v in stored.items()}
+
+
 def open_run(workdir: str | Path) -> Source:
     """Open a finished run as a source of weights, with its preprocessing and labels."""
     record = read_record(workdir)
@@ -46,7 +51,7 @@ def open_run(workdir: str | Path) -> Source:
     tokenizer = Path(workdir) / facts["tokenizer"] if facts["tokenizer"] else None
     return Source(
         arch=facts["name"],
-        fields=facts["fields"],
+        fields=as_fields(facts["fields"]),
         tree=plain(read_tree(workdir)),
         preprocess=facts["preprocess"],
         tokenizer=tokenizer,

@@ -76,7 +76,7 @@ def begin(experiment: Experiment, checkpoints: Checkpoints) -> tuple[State, Tree
 
     The frozen tree is rebuilt from its sources and must have the digest the run was saved with.
     """
-    state, frozen = experiment.birth()
+    state, frozen = experiment.birth(jax.random.key(experiment.config.seed))
     checkpoints.save_frozen(frozen)
     if checkpoints.latest() is None:
         return state, frozen

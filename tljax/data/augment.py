@@ -5,57 +5,46 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, Float32, Int
+from jaxtyping import Float32, Num
 from PIL import Image, ImageEnhance, ImageOps
 
-from tljax.data.transforms import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    Pixels,
-    normalise,
-    resize,
-    to_array,
-    to_pil,
-    to_rgb,
-)
+from tljax.data import transforms
+from tljax.data.transforms import Pixels, normalise, resize, to_array, to_pil, to_rgb
 from tljax.types import BadInput
 
 Rng = np.random.Generator
-Box = tuple[int, int, int, int]
+Range = tuple[float, float]
+Floats = Float32[np.ndarray, "h w c"]
 
 
 def sample_box(
-    height: int, width: int, rng: Rng, scale: tuple[float, float], ratio: tuple[float, float]
-) -> Box | None:
+    height: int, width: int, rng: Rng, scale: Range, ratio: Range
+) -> tuple[int, int, int, int] | None:
     """Draw (top, left, height, width): area share uniform, aspect (w / h) log-uniform; 10 tries.
 
     Source: Szegedy et al. 2015, section 6, with the bounds and tries of common practice.
     """
     for _ in range(10):
         area = rng.uniform(*scale) * height * width
-        aspect = math.exp(rng.uniform(math.log(ratio[0]), math.log(ratio[1])))
-        box_width = round(math.sqrt(area * aspect))
-        box_height = round(math.sqrt(area / aspect))
+        aspect = math.exp(rng.uniform(*np.log(ratio)))
+        box_height, box_width = round(math.sqrt(area / aspect)), round(math.sqrt(area * aspect))
         if 0 < box_width <= width and 0 < box_height <= height:
-            top = int(rng.integers(height - box_height + 1))
-            left = int(rng.integers(width - box_width + 1))
+            top, left = rng.integers((height - box_height + 1, width - box_width + 1)).tolist()
             return top, left, box_height, box_width
     return None
 
 
 def random_resized_crop(
-    image: Pixels,
-    rng: Rng,
-    size: int,
-    scale: tuple[float, float] = (0.08, 1.0),
-    ratio: tuple[float, float] = (3 / 4, 4 / 3),
+    image: Pixels, rng: Rng, size: int, scale: Range = (0.08, 1), ratio: Range = (3 / 4, 4 / 3)
 ) -> Pixels:
     """Cut a random box and resize it; when none fits, the largest middle box of a legal aspect."""
     height, width = image.shape[:2]
     box = sample_box(height, width, rng, scale, ratio)
     if box is None:
-        box_width = min(width, round(height * ratio[1]))
-        box_height = min(height, round(width / ratio[0]))
+        box_height, box_width = (
+            min(height, round(width / ratio[0])),
+            min(width, round(height * ratio[1])),
+        )
         box = (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
     top, left, box_height, box_width = box
     return resize(image[top : top + box_height, left : left + box_width], size, size)
@@ -70,41 +59,23 @@ def _affine(image: Image.Image, *matrix: float) -> Image.Image:
     return image.transform(image.size, Image.Transform.AFFINE, matrix)
 
 
-def _enhance(kind: type) -> Callable[[Image.Image, float], Image.Image]:
-    return lambda image, strength: kind(image).enhance(1 + strength)
-
-
-BINS = 31
-_STEPS = np.arange(BINS) / (BINS - 1)
-Operation = Callable[[Image.Image, float], Image.Image]
-RAND_AUGMENT: dict[str, tuple[np.ndarray, bool, Operation]] = {
-    # name: (strength by magnitude 0..30, whether its sign is drawn, what it does)
-    "identity": (0 * _STEPS, False, lambda image, _: image),
-    "shear_x": (0.3 * _STEPS, True, lambda image, s: _affine(image, 1, s, 0, 0, 1, 0)),
-    "shear_y": (0.3 * _STEPS, True, lambda image, s: _affine(image, 1, 0, 0, s, 1, 0)),
-    "translate_x": (
-        150 / 331 * _STEPS,
-        True,
-        lambda image, s: _affine(image, 1, 0, -int(s * image.width), 0, 1, 0),
-    ),
-    "translate_y": (
-        150 / 331 * _STEPS,
-        True,
-        lambda image, s: _affine(image, 1, 0, 0, 0, 1, -int(s * image.height)),
-    ),
-    "rotate": (30 * _STEPS, True, lambda image, s: image.rotate(s)),
-    "brightness": (0.9 * _STEPS, True, _enhance(ImageEnhance.Brightness)),
-    "color": (0.9 * _STEPS, True, _enhance(ImageEnhance.Color)),
-    "contrast": (0.9 * _STEPS, True, _enhance(ImageEnhance.Contrast)),
-    "sharpness": (0.9 * _STEPS, True, _enhance(ImageEnhance.Sharpness)),
-    "posterize": (
-        8 - np.round(4 * _STEPS),
-        False,
-        lambda image, s: ImageOps.posterize(image, int(s)),
-    ),
-    "solarize": (255 * (1 - _STEPS), False, ImageOps.solarize),
-    "autocontrast": (0 * _STEPS, False, lambda image, _: ImageOps.autocontrast(image)),
-    "equalize": (0 * _STEPS, False, lambda image, _: ImageOps.equalize(image)),
+_REACH = 150 / 331  # of AutoAugment's largest translation, in pixels of its 331
+RAND_AUGMENT: dict[str, tuple[Range, bool, Callable[[Image.Image, float], Image.Image]]] = {
+    # name: (strength at magnitudes 0 and 30, whether its sign is drawn, what it does)
+    "identity": ((0, 0), False, lambda x, s: x),
+    "shear_x": ((0, 0.3), True, lambda x, s: _affine(x, 1, s, 0, 0, 1, 0)),
+    "shear_y": ((0, 0.3), True, lambda x, s: _affine(x, 1, 0, 0, s, 1, 0)),
+    "translate_x": ((0, _REACH), True, lambda x, s: _affine(x, 1, 0, -int(s * x.width), 0, 1, 0)),
+    "translate_y": ((0, _REACH), True, lambda x, s: _affine(x, 1, 0, 0, 0, 1, -int(s * x.height))),
+    "rotate": ((0, 30), True, lambda x, s: x.rotate(s)),
+    "brightness": ((0, 0.9), True, lambda x, s: ImageEnhance.Brightness(x).enhance(1 + s)),
+    "color": ((0, 0.9), True, lambda x, s: ImageEnhance.Color(x).enhance(1 + s)),
+    "contrast": ((0, 0.9), True, lambda x, s: ImageEnhance.Contrast(x).enhance(1 + s)),
+    "sharpness": ((0, 0.9), True, lambda x, s: ImageEnhance.Sharpness(x).enhance(1 + s)),
+    "posterize": ((8, 4), False, lambda x, s: ImageOps.posterize(x, round(s))),
+    "solarize": ((255, 0), False, ImageOps.solarize),
+    "autocontrast": ((0, 0), False, lambda x, s: ImageOps.autocontrast(x)),
+    "equalize": ((0, 0), False, lambda x, s: ImageOps.equalize(x)),
 }
 
 
@@ -115,26 +86,20 @@ def rand_augment(image: Pixels, rng: Rng, count: int = 2, magnitude: int = 9) ->
     """
     picture = to_pil(to_rgb(image))
     for name in rng.choice(list(RAND_AUGMENT), size=count):
-        strengths, signed, operation = RAND_AUGMENT[str(name)]
+        (least, most), signed, operation = RAND_AUGMENT[str(name)]
         sign = -1 if signed and rng.random() < 0.5 else 1
-        picture = operation(picture, sign * float(strengths[magnitude]))
+        picture = operation(picture, sign * (least + (most - least) * magnitude / 30))
     return to_array(picture)
 
 
 def random_erasing(
-    image: Float32[np.ndarray, "h w c"],
-    rng: Rng,
-    chance: float = 0.25,
-    scale: tuple[float, float] = (0.02, 1 / 3),
-    ratio: tuple[float, float] = (0.3, 3.3),
-) -> Float32[np.ndarray, "h w c"]:
+    image: Floats, rng: Rng, chance: float, scale: Range = (0.02, 1 / 3), ratio: Range = (0.3, 3.3)
+) -> Floats:
     """Fill a random box of a normalised image with N(0, 1) noise, with a chance.
 
     Source: Zhong et al. 2017, filled per pixel as in the MAE recipe.
     """
-    if rng.random() >= chance:
-        return image
-    box = sample_box(*image.shape[:2], rng, scale, ratio)
+    box = sample_box(*image.shape[:2], rng, scale, ratio) if rng.random() < chance else None
     if box is None:
         return image
     top, left, height, width = box
@@ -153,9 +118,9 @@ class AugmentImage:
     """
 
     size: int
-    mean: tuple[float, ...] = IMAGENET_MEAN
-    std: tuple[float, ...] = IMAGENET_STD
-    crop: tuple[float, float] | None = (0.08, 1.0)
+    mean: tuple[float, ...] = transforms.IMAGENET_MEAN
+    std: tuple[float, ...] = transforms.IMAGENET_STD
+    crop: Range | None = (0.08, 1.0)
     flip: float = 0.5
     rand_augment: tuple[int, int] | None = None
     erase: float = 0.0
@@ -163,11 +128,9 @@ class AugmentImage:
     def __call__(self, example: dict, rng: Rng) -> dict:
         """Replace the image of an example."""
         image = example["image"]
-        if self.crop is None:
-            image = resize(image, self.size, self.size)
-        else:
+        if self.crop:
             image = random_resized_crop(image, rng, self.size, self.crop)
-        image = flip(image, rng, self.flip)
+        image = flip(resize(image, self.size, self.size), rng, self.flip)
         if self.rand_augment:
             image = rand_augment(image, rng, *self.rand_augment)
         pixels = normalise(image, self.mean, self.std)
@@ -175,7 +138,7 @@ class AugmentImage:
 
 
 def soften(
-    labels: Int[np.ndarray, " b"] | Float[np.ndarray, "b c"], classes: int, smoothing: float = 0.0
+    labels: Num[np.ndarray, "b *c"], classes: int, smoothing: float = 0.0
 ) -> Float32[np.ndarray, "b c"]:
     """Give each example a distribution: (1 - smoothing) on its label plus smoothing / c on all.
 
@@ -202,37 +165,30 @@ class MixImages:
 
     def __call__(self, batch: dict, rng: Rng) -> dict:
         """Replace the image and the label of a batch."""
-        label = soften(batch["label"], self.classes, self.smoothing)
-        image = batch["image"]
+        image, label = batch["image"], soften(batch["label"], self.classes, self.smoothing)
         if not (self.mixup or self.cutmix):
             return {**batch, "label": label}
         if len(image) % 2:
-            raise BadInput(
-                f"mixup and cutmix pair rows: a batch of {len(image)} per process is odd.\n"
-                "Choose an even batch size for each process."
-            )
+            raise BadInput(f"mixup and cutmix pair rows: {len(image)} rows a process are odd")
         partner = np.arange(len(image)) ^ 1
         cut = rng.random() < 0.5 if self.mixup and self.cutmix else bool(self.cutmix)
-        share = float(rng.beta(*(2 * (self.cutmix if cut else self.mixup,))))
+        alpha = self.cutmix if cut else self.mixup
+        share = float(rng.beta(alpha, alpha))
         if cut:
-            image, share = _paste(image, partner, share, rng)
+            rows, columns, share = _box(*image.shape[1:3], share, rng)
+            image = image.copy()
+            image[:, rows, columns] = batch["image"][partner, rows, columns]
         else:
             image = np.float32(share) * image + np.float32(1 - share) * image[partner]
         label = np.float32(share) * label + np.float32(1 - share) * label[partner]
         return {**batch, "image": image, "label": label}
 
 
-def _paste(
-    image: Float32[np.ndarray, "b h w c"], partner: Int[np.ndarray, " b"], share: float, rng: Rng
-) -> tuple[Float32[np.ndarray, "b h w c"], float]:
-    """Paste a box of the partner; return the share of pixels that is still each row's own."""
-    height, width = image.shape[1:3]
-    side = math.sqrt(1 - share)
-    half_height, half_width = int(height * side) // 2, int(width * side) // 2
-    row, column = int(rng.integers(height)), int(rng.integers(width))
-    rows = slice(max(row - half_height, 0), min(row + half_height, height))
-    columns = slice(max(column - half_width, 0), min(column + half_width, width))
-    mixed = image.copy()
-    mixed[:, rows, columns] = image[partner, rows, columns]
-    pasted = (rows.stop - rows.start) * (columns.stop - columns.start)
-    return mixed, 1 - pasted / (height * width)
+def _box(height: int, width: int, share: float, rng: Rng) -> tuple[slice, slice, float]:
+    """Draw cutmix's box, clipped at the border; return the share of pixels outside it as well."""
+    spans = []
+    for side in (height, width):
+        middle, half = int(rng.integers(side)), int(side * math.sqrt(1 - share)) // 2
+        spans.append(slice(max(middle - half, 0), min(middle + half, side)))
+    pasted = math.prod(span.stop - span.start for span in spans)
+    return *spans, 1 - pasted / (height * width)

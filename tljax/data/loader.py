@@ -8,40 +8,35 @@ import grain
 import numpy as np
 
 from tljax.data.sources import Source
-from tljax.types import Batch, BadInput
+from tljax.types import BadInput, Batch
 
-Rng = np.random.Generator
-Transform = Callable[[dict, Rng], dict]
+Transform = Callable[[dict, np.random.Generator], dict]
 _FOREVER = 2**40  # steps; grain wants a length
-
-_ORDER, _EXAMPLE, _BATCH, _EVALUATION = range(4)
-"""What a random stream is for: the first word of its seed."""
+_ORDER, _EXAMPLE, _BATCH, _EVALUATION = range(4)  # first word of a stream's seed: what it is for
 
 
 class Cached(Source):
-    """A source after a deterministic `prepare`, remembered in memory as far as `limit` allows."""
+    """A source after `prepare`, in memory: prepared if that fits in `limit` bytes, else decoded."""
 
     def __init__(self, parent: Source, prepare: Callable[[dict], dict] | None, limit: int):
-        """Estimate from the first example whether prepared, raw or no examples fit in `limit`."""
+        """Judge by the first example whether prepared, decoded or no examples fit."""
         self._parent, self.labels = parent, parent.labels
-        prepare = prepare or (lambda example: example)
-        raw = parent[0]
+        keep = lambda example: example  # noqa: E731
+        prepare, raw = prepare or keep, parent[0]
         fits = [_nbytes(example) * len(parent) <= limit for example in (prepare(raw), raw)]
         self._memory: list[dict | None] | None = [None] * len(parent) if any(fits) else None
-        same = lambda example: example  # noqa: E731
-        self._before, self._after = (prepare, same) if fits[0] else (same, prepare)
+        self._before, self._after = (prepare, keep) if fits[0] else (keep, prepare)
 
     def __len__(self) -> int:
         return len(self._parent)
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        memory = self._memory
-        if memory is None:
+        if self._memory is None:
             return [self._after(row) for row in self._parent.__getitems__(indices)]
-        missing = [int(i) for i in indices if memory[i] is None]
+        missing = [int(i) for i in indices if self._memory[i] is None]
         for i, row in zip(missing, self._parent.__getitems__(missing), strict=True):
-            memory[i] = self._before(row)
-        return [self._after(memory[i]) for i in indices]
+            self._memory[i] = self._before(row)
+        return [self._after(self._memory[i]) for i in indices]
 
 
 def _nbytes(example: dict) -> int:
@@ -51,10 +46,7 @@ def _nbytes(example: dict) -> int:
 def cached(
     source: Source, prepare: Callable[[dict], dict] | None = None, limit: int = 1 << 30
 ) -> Source:
-    """Apply `prepare` to each example and decode none twice, within `limit` bytes.
-
-    What does not fit prepared is kept raw (decoded); what does not fit raw is read each time.
-    """
+    """Apply a deterministic `prepare` to each example, and decode none twice as far as it fits."""
     return Cached(source, prepare, limit)
 
 
@@ -76,23 +68,17 @@ def train_batches(
     own order; its transform draws from a generator of (seed, position), `mix` from one of
     (seed, step).  batch_size is global; each process gets its contiguous rows.
     """
-    local = _local(batch_size, process_count)
     # Hashed, because grain's epoch e of seed s has the order of epoch e - 1 of seed s + 1.
     order_seed = int(np.random.SeedSequence([_ORDER, seed]).generate_state(1)[0])
     order = grain.MapDataset.range(len(source)).shuffle(seed=order_seed).repeat()
 
     def build(step: int) -> Batch:
-        first = step * batch_size + process_index * local
-        positions = range(first, first + local)
-        rows = source.__getitems__([int(order[p]) for p in positions])
-        if transform:
-            rows = [
-                transform(row, np.random.default_rng([_EXAMPLE, seed, p]))
-                for row, p in zip(rows, positions, strict=True)
-            ]
-        batch = _stack(rows)
+        positions = _rows(step, batch_size, process_index, process_count)
+        indices = [int(order[p]) for p in positions]
+        batch = _stack(source, transform, indices, [(_EXAMPLE, seed, p) for p in positions])
         return mix(batch, np.random.default_rng([_BATCH, seed, step])) if mix else batch
 
+    _rows(0, batch_size, process_index, process_count)
     return _run(grain.MapDataset.range(start_step, _FOREVER).map(build), threads)
 
 
@@ -105,28 +91,20 @@ def eval_batches(
     process_count: int = 1,
     threads: int = 4,
 ) -> Iterator[Batch]:
-    """Yield every example once, in order; rows with valid False fill the last batch.
+    """Yield every example once, in order; rows with valid False repeat the last one to the end.
 
-    A transform that draws (masking) does so from a generator of the example's index: the same in
-    each pass.  All processes get equally many batches.
+    A transform that draws (masking) does so by the example's index: the same in each pass.  All
+    processes get equally many batches.
     """
-    local = _local(batch_size, process_count)
 
     def build(step: int) -> Batch:
-        first = step * batch_size + process_index * local
-        valid = np.arange(first, first + local) < len(source)
-        # Filling repeats the last example, so that padded rows cannot hold anything unusual.
-        indices = [min(i, len(source) - 1) for i in range(first, first + local)]
-        rows = source.__getitems__(indices)
-        if transform:
-            rows = [
-                transform(row, np.random.default_rng([_EVALUATION, i]))
-                for row, i in zip(rows, indices, strict=True)
-            ]
-        return {**_stack(rows), "valid": valid}
+        positions = np.asarray(_rows(step, batch_size, process_index, process_count))
+        indices = np.minimum(positions, len(source) - 1).tolist()
+        batch = _stack(source, transform, indices, [(_EVALUATION, i) for i in indices])
+        return {**batch, "valid": positions < len(source)}
 
-    steps = -(-len(source) // batch_size)
-    return _run(grain.MapDataset.range(steps).map(build), threads)
+    _rows(0, batch_size, process_index, process_count)
+    return _run(grain.MapDataset.range(-(-len(source) // batch_size)).map(build), threads)
 
 
 def prefetch_to_device(
@@ -141,16 +119,22 @@ def prefetch_to_device(
     yield from waiting
 
 
-def _local(batch_size: int, process_count: int) -> int:
-    if batch_size < 1 or batch_size % process_count:
+def _rows(step: int, batch_size: int, process_index: int, process_count: int) -> range:
+    local, odd = divmod(batch_size, process_count)
+    if odd or local < 1:
         raise BadInput(
-            f"a global batch of {batch_size} for {process_count} processes: expected a positive "
-            "multiple of the number of processes"
+            f"a global batch of {batch_size} does not divide over {process_count} processes"
         )
-    return batch_size // process_count
+    first = step * batch_size + process_index * local
+    return range(first, first + local)
 
 
-def _stack(rows: list[dict]) -> dict[str, np.ndarray]:
+def _stack(
+    source: Source, transform: Transform | None, indices: list[int], seeds: list[tuple]
+) -> dict[str, np.ndarray]:
+    rows = source.__getitems__(indices)
+    if transform:
+        rows = [transform(r, np.random.default_rng(s)) for r, s in zip(rows, seeds, strict=True)]
     return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
 
 

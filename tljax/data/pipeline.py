@@ -207,5 +207,3 @@ def unlabelled(pipeline: Pipeline, rows: Sequence[dict[str, Any]]) -> Iterator[B
     if pipeline.tokenizer is not None:
         source = encode(source, pipeline.tokenizer, Info("text"))
     return pipeline.batches_of(source)
-
-

@@ -4,6 +4,7 @@ import csv
 import difflib
 import io
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -14,30 +15,30 @@ import numpy as np
 import tensorflow_datasets as tfds
 from jaxtyping import Int, Num
 from PIL import Image
+from tensorflow_datasets.core.features import ClassLabel, Text
 
 from tljax.data import builders_image, builders_text
-from tljax.data.assets import find_asset, prepared_dir
-from tljax.data.split import stratified_order
-from tljax.data.transforms import to_array, to_rgb
+from tljax.data.builders_image import find_asset, stratified_order
+from tljax.data.transforms import to_array
 from tljax.types import BadInput
 
-__all__ = ["Info", "Source", "Splits", "Subset", "find_asset", "known_data", "open_data", "subset"]
+__all__ = ["BUILDERS", "Info", "Rows", "Source", "Splits", "find_asset", "open_data", "subset"]
 
 Task = Literal["classify", "multilabel", "regress", "tag"]
+Labels = Num[np.ndarray, "n *c"]
 
-BUILDERS: dict[str, tuple[type[builders_image.Local], str | None]] = {
-    "digits": (builders_image.Digits, None),
-    "fashion": (builders_image.Fashion, None),
-    "emoji/google": (builders_image.Emoji, "google"),
-    "emoji/twitter": (builders_image.Emoji, "twitter"),
-    "sentiment/movies": (builders_text.Sentiment, "movies"),
-    "sentiment/amazon": (builders_text.Sentiment, "amazon"),
-    "sentiment/nyt": (builders_text.Sentiment, "nyt"),
-    "sentiment/tweets": (builders_text.Sentiment, "tweets"),
-    "spam": (builders_text.Spam, None),
-    "wordnet": (builders_text.Wordnet, None),
-    "pos": (builders_text.Pos, None),
-    "plaintext": (builders_text.Plaintext, None),
+BUILDERS: dict[str, type[builders_image.Local]] = {
+    "digits": builders_image.Digits,
+    "fashion": builders_image.Fashion,
+    **dict.fromkeys(("emoji/google", "emoji/twitter"), builders_image.Emoji),
+    **{
+        f"sentiment/{c.name}": builders_text.Sentiment
+        for c in builders_text.Sentiment.BUILDER_CONFIGS
+    },
+    "spam": builders_text.Spam,
+    "wordnet": builders_text.Wordnet,
+    "pos": builders_text.Pos,
+    "plaintext": builders_text.Plaintext,
 }
 TABLES = (".csv", ".tsv", ".jsonl")
 PICTURES = (".png", ".jpg", ".jpeg")
@@ -64,7 +65,7 @@ class Source:
     numbers, float32 [n, c] multi-hot; None when there are none, or one a word.
     """
 
-    labels: Num[np.ndarray, "n *c"] | None = None
+    labels: Labels | None = None
 
     def __len__(self) -> int:
         """Count the examples."""
@@ -92,7 +93,7 @@ class Subset(Source):
     """Some examples of another source."""
 
     def __init__(self, parent: Source, indices: Int[np.ndarray, " n"]):
-        """Look at the parent's examples at the indices."""
+        """Look at the parent's examples at the indices, in the parent's order."""
         self.parent, self.indices = parent, np.sort(indices)
 
     def __len__(self) -> int:
@@ -102,7 +103,7 @@ class Subset(Source):
         return self.parent.__getitems__([int(self.indices[i]) for i in indices])
 
     @cached_property
-    def labels(self) -> Num[np.ndarray, "n *c"] | None:
+    def labels(self) -> Labels | None:
         """Pick the parent's labels."""
         return None if self.parent.labels is None else self.parent.labels[self.indices]
 
@@ -110,26 +111,18 @@ class Subset(Source):
 class Prepared(Source):
     """One split of prepared TFDS data (array_record); `keys` maps our names to its features."""
 
-    def __init__(self, builder: tfds.core.DatasetBuilder, split: str, keys: Mapping[str, str]):
+    def __init__(self, builder: tfds.core.DatasetBuilder, split: str, keys: dict, info: Info):
         """Open the split; images are decoded here and not by TFDS, to name a corrupt one."""
-        self._keys, self._features = keys, builder.info.features
+        self._keys, self._info = keys, info
         self._name = f"{builder.info.full_name} split {split!r}"
         skip = {keys["image"]: tfds.decode.SkipDecoding()} if "image" in keys else None
         try:
             self._data = builder.as_data_source(split=split, decoders=skip)
-        except NotImplementedError as error:
+        except (NotImplementedError, ValueError) as error:
             raise BadInput(
-                f"{self._name} is stored as {builder.info.file_format}: expected array_record.\n"
-                'Prepare it again with `file_format="array_record"`.'
+                f"{self._name} cannot be read: it has {sorted(builder.info.splits)}, stored as "
+                f"{builder.info.file_format.value}; expected one of them, stored as array_record"
             ) from error
-        except ValueError as error:
-            raise BadInput(
-                f"{builder.info.full_name} has no split {split!r}: it has "
-                f"{sorted(builder.info.splits)}"
-            ) from error
-        if "label" in keys:
-            task, names = _task_of(self._features[keys["label"]], "image" in keys)
-            self._info = Info("image" if "image" in keys else "text", task, names)
 
     def __len__(self) -> int:
         return len(self._data)
@@ -139,76 +132,61 @@ class Prepared(Source):
         return [self._example(i, record) for i, record in zip(indices, records, strict=True)]
 
     def _example(self, index: int, record: Mapping[str, Any]) -> dict[str, Any]:
-        example = {}
-        for ours, theirs in self._keys.items():
-            value = record[theirs]
-            if ours == "image":
-                value = decode(value, f"image {index} of {self._name}")
-            elif ours != "label":
-                value = value.decode("utf8")
-            elif self._info.task == "tag":
-                value = np.asarray(value, np.int32)
-            else:
-                value = _label_row(value, self._info)
-            example[ours] = value
-        return example
+        values = {ours: record[theirs] for ours, theirs in self._keys.items()}
+        for ours in values.keys() & {"text", "text_b"}:
+            values[ours] = values[ours].decode("utf8")
+        if "image" in values:
+            values["image"] = decode(values["image"], f"image {index} of {self._name}")
+        if "label" in values:
+            values["label"] = label_row(values["label"], self._info)
+        return values
 
     @cached_property
-    def labels(self) -> Num[np.ndarray, "n *c"] | None:
+    def labels(self) -> Labels | None:
         """Read all labels once."""
-        if "label" not in self._keys or self._info.task == "tag":
+        if self._info.task in (None, "tag"):
             return None
-        rows = []
+        values, key = [], self._keys["label"]
         for start in range(0, len(self), 1000):
-            chunk = self._data.__getitems__(list(range(start, min(start + 1000, len(self)))))
-            rows += [_label_row(record[self._keys["label"]], self._info) for record in chunk]
-        labels = np.asarray(rows)
-        if self._info.task == "classify":
-            bad = np.flatnonzero((labels < 0) | (labels >= len(self._info.names)))
-            if len(bad):
-                raise BadInput(
-                    f"{self._name}: example {bad[0]} has label {labels[bad[0]]}, outside its "
-                    f"{len(self._info.names)} classes (an unlabelled test part?); choose another"
-                )
+            part = range(start, min(start + 1000, len(self)))
+            values += [record[key] for record in self._data.__getitems__(list(part))]
+        labels = np.asarray([label_row(value, self._info) for value in values])
+        if self._info.task == "classify" and (labels.min() < 0):
+            raise BadInput(
+                f"{self._name}: example {labels.argmin()} has label {labels.min()}, outside its "
+                f"{len(self._info.names)} classes (an unlabelled test part?); choose another split"
+            )
         return labels
 
 
-def _task_of(feature: Any, image: bool) -> tuple[Task, tuple[str, ...] | None]:
-    if isinstance(feature, tfds.features.Sequence):
-        return "multilabel" if image else "tag", tuple(feature.feature.names)
-    if isinstance(feature, tfds.features.ClassLabel):
-        return "classify", tuple(feature.names)
-    return "regress", None
-
-
-def _label_row(value: Any, info: Info) -> np.ndarray | np.generic:
-    """Bring one label to its dtype: int32 class, float32 number, float32 multi-hot row."""
+def label_row(value: Any, info: Info) -> np.ndarray | np.generic:
+    """Bring a label to its dtype: int32 class(es), float32 number, float32 multi-hot row."""
     if info.task == "multilabel":
-        row = np.zeros(len(info.names), np.float32)
-        row[list(value)] = 1
-        return row
-    return np.float32(value) if info.task == "regress" else np.int32(value)
+        return np.isin(np.arange(len(info.names)), value).astype(np.float32)
+    return np.asarray(value, np.float32 if info.task == "regress" else np.int32)[()]
 
 
 def decode(data: bytes | Path, name: str) -> np.ndarray:
-    """Decode a picture to uint8 [h, w, 1 or 3].  Raises: BadInput that names a corrupt one."""
+    """Decode a picture to uint8 [h, w, 1 or 3], transparency on white.
+
+    Raises: BadInput that names a corrupt one.
+    """
     try:
         with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as picture:
-            plain = picture.mode in ("L", "RGB")
-            if picture.mode == "1":
-                picture = picture.convert("L")
-            elif not plain:
-                picture = picture.convert("RGBA" if picture.has_transparency_data else "RGB")
-            return to_rgb(to_array(picture)) if picture.mode == "RGBA" else to_array(picture)
+            if picture.has_transparency_data:
+                page = Image.new("RGBA", picture.size, "white")
+                page.alpha_composite(picture.convert("RGBA"))
+                return to_array(page.convert("RGB"))
+            return to_array(picture.convert("L" if picture.mode in ("1", "L") else "RGB"))
     except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError on broken PNG chunks
         raise BadInput(f"{name} cannot be decoded: {error}\nReplace or remove it.") from error
 
 
 class Rows(Source):
-    """Examples in memory: rows of a file, or paths of pictures that are decoded when asked for."""
+    """Rows in memory of {"image": path, decoded when asked for} or {"text", "text_b"?}."""
 
-    def __init__(self, rows: Sequence[dict[str, Any]], labels: Num[np.ndarray, "n *c"] | None):
-        """Hold rows of {"image": path} or {"text", "text_b"?} and a label for each."""
+    def __init__(self, rows: Sequence[dict[str, Any]], labels: Labels | None):
+        """Hold rows and a label for each."""
         self._rows, self.labels = rows, labels
 
     def __len__(self) -> int:
@@ -218,14 +196,7 @@ class Rows(Source):
         example = dict(self._rows[index])
         if "image" in example:
             example["image"] = decode(example["image"], f"image {example['image']}")
-        if self.labels is not None:
-            example["label"] = self.labels[index]
-        return example
-
-
-def known_data() -> list[str]:
-    """List the names that `open_data` builds by itself."""
-    return sorted(BUILDERS)
+        return example if self.labels is None else example | {"label": self.labels[index]}
 
 
 def open_data(
@@ -239,7 +210,7 @@ def open_data(
 ) -> Splits:
     """Open a data set as three disjoint parts.
 
-    name: one of `known_data()`, "tfds:NAME" (prepared data), or the path of a folder
+    name: one of `BUILDERS`, "tfds:NAME" (prepared data), or the path of a folder
     (train/<class>/*.png, <class>/*.png, train.csv) or of a .csv, .tsv or .jsonl file.
     validation: a share or a number of training examples, carved out stratified by `seed`; or a
     split.  Where no test part exists, a fifth is carved out that does not depend on `seed`, so
@@ -247,27 +218,26 @@ def open_data(
     theirs.  CSV labels with "|" are lists.
     Raises: BadInput.
     """
-    columns = dict(columns or {})
+    names = {"train": train, "validation": validation, "test": test}
+    asked = {part: split for part, split in names.items() if isinstance(split, str)}
     if name in BUILDERS or name.startswith("tfds:"):
-        parts, info = _open_tfds(name, (train, validation, test), columns)
+        parts, info = _open_tfds(name, asked, dict(columns or {}))
     elif Path(name).exists():
-        parts, info = _open_path(Path(name), (train, validation, test), columns)
+        parts, info = _open_path(Path(name), asked, dict(columns or {}))
     else:
-        near = difflib.get_close_matches(name, BUILDERS, n=4, cutoff=0.4) or known_data()
+        near = difflib.get_close_matches(name, BUILDERS, n=4, cutoff=0.4) or sorted(BUILDERS)
         raise BadInput(
             f"unknown data {name!r}: nearest are {', '.join(near)}.\n"
             "Expected one of these, tfds:NAME, or the path of a folder or a file."
         )
-    rest = parts["train"]
-    if parts["test"] is None:
-        rest, parts["test"] = _carve(rest, 0.2, seed=0)
-    if parts["validation"] is None:
-        rest, parts["validation"] = _carve(rest, validation, seed)
-    splits = Splits(rest, parts["validation"], parts["test"], info)
-    for part, source in zip(splits._fields, splits[:3], strict=False):
+    if "test" not in parts:
+        parts["train"], parts["test"] = _carve(parts["train"], 0.2, seed=0)
+    if "validation" not in parts:
+        parts["train"], parts["validation"] = _carve(parts["train"], validation, seed)
+    for part, source in parts.items():
         if len(source) == 0:
             raise BadInput(f"the {part} part of {name!r} is empty: give it at least one example")
-    return splits
+    return Splits(**parts, info=info)
 
 
 def subset(source: Source, size: int, seed: int) -> Subset:
@@ -278,10 +248,9 @@ def subset(source: Source, size: int, seed: int) -> Subset:
 
 
 def _order(source: Source, seed: int) -> Int[np.ndarray, " n"]:
-    classes = source.labels
-    if classes is not None and classes.dtype != np.int32:  # only classes make strata
-        classes = None
-    return stratified_order(classes, seed, len(source))
+    labels = source.labels
+    strata = labels if labels is not None and labels.dtype == np.int32 else None
+    return stratified_order(strata, seed, len(source))
 
 
 def _carve(source: Source, amount: float | int, seed: int) -> tuple[Subset, Subset]:
@@ -291,86 +260,87 @@ def _carve(source: Source, amount: float | int, seed: int) -> tuple[Subset, Subs
 
 
 def _open_tfds(
-    name: str, parts: tuple, columns: dict[str, str]
-) -> tuple[dict[str, Source | None], Info]:
-    cls, config = BUILDERS.get(name, (None, None))
+    name: str, asked: dict[str, str], columns: dict[str, str]
+) -> tuple[dict[str, Source], Info]:
+    cls = BUILDERS.get(name)
     wanted = f"{name}:{cls.VERSION}" if cls else name.removeprefix("tfds:")
+    chosen = os.environ.get("TFDS_DATA_DIR") or os.environ.get("TLJAX_DATA")
+    folder = Path(chosen) if chosen else Path.home() / ".cache" / "tljax" / "tfds"
     try:
-        builder = tfds.core.read_only_builder.builder_from_files(wanted, data_dir=prepared_dir())
+        builder = tfds.core.read_only_builder.builder_from_files(wanted, data_dir=folder)
     except tfds.core.DatasetNotFoundError as error:
         if cls is None:
             raise BadInput(
-                f"no prepared TFDS data {wanted!r} under {prepared_dir()}.\n"
+                f"no prepared TFDS data {wanted!r} under {folder}.\n"
                 "Prepare it there in the array_record format, or set $TFDS_DATA_DIR."
             ) from error
-        builder = cls(data_dir=prepared_dir(), **({"config": config} if config else {}))
+        builder = cls(data_dir=folder, config=name.partition("/")[2] or None)
         builder.download_and_prepare()
     features = builder.info.features
     keys = _guess_keys(features) | columns
-    _refuse_missing(name, keys.values(), features)
-    task = names = None
-    if "label" in keys:
-        task, names = _task_of(features[keys["label"]], "image" in keys)
-    train, validation, test = parts
-    opened = {
-        "train": Prepared(builder, train, keys),
-        "validation": Prepared(builder, validation, keys) if isinstance(validation, str) else None,
-        "test": Prepared(builder, test, keys),
-    }
-    return opened, Info("image" if "image" in keys else "text", task, names)
+    _refuse_missing(name, keys, features)
+    info = Info("image" if "image" in keys else "text", *_read_task(features, keys))
+    return {part: Prepared(builder, split, keys, info) for part, split in asked.items()}, info
 
 
 def _guess_keys(features: Mapping[str, Any]) -> dict[str, str]:
     """Name the image, else up to two texts, and the label among the features of a builder."""
     images = [key for key, value in features.items() if isinstance(value, tfds.features.Image)]
-    texts = [key for key, value in features.items() if isinstance(value, tfds.features.Text)]
+    texts = [key for key, value in features.items() if isinstance(value, Text)]
     keys = {"image": images[0]} if images else dict(zip(("text", "text_b"), texts, strict=False))
-    classes = (tfds.features.ClassLabel, tfds.features.Sequence)
-    labels = [key for key, value in features.items() if isinstance(value, classes)]
-    if "label" in features:
-        keys["label"] = "label"
-    elif labels:
-        keys["label"] = labels[0]
-    return keys
+    classes = [key for key, value in features.items() if isinstance(value, ClassLabel)]
+    labels = ["label"] if "label" in features else classes
+    return keys | dict(zip(("label",), labels, strict=False))
 
 
-def _refuse_missing(name: str, wanted: Sequence[str], present: Sequence[str]) -> None:
-    missing = [key for key in wanted if key not in present]
-    if missing:
-        raise BadInput(
-            f"{name} has no column {missing[0]!r}: it has {', '.join(present)}.\n"
-            'Say which to use, for example columns={"text": "...", "label": "..."}.'
-        )
+def _read_task(
+    features: Mapping[str, Any], keys: dict[str, str]
+) -> tuple[Task | None, tuple[str, ...] | None]:
+    feature = features[keys["label"]] if "label" in keys else None
+    if isinstance(feature, ClassLabel):
+        return "classify", tuple(feature.names)
+    if isinstance(feature, tfds.features.Sequence):
+        return "multilabel" if "image" in keys else "tag", tuple(feature.feature.names)
+    return "regress" if feature else None, None
+
+
+def _refuse_missing(name: str, keys: dict[str, str], present: Mapping[str, Any]) -> None:
+    for key in keys.values():
+        if key not in present:
+            raise BadInput(
+                f"{name} has no column {key!r}: it has {', '.join(present)}.\n"
+                'Say which to use, for example columns={"text": "...", "label": "..."}.'
+            )
 
 
 def _open_path(
-    path: Path, parts: tuple, columns: dict[str, str]
-) -> tuple[dict[str, Source | None], Info]:
-    """Open the files of each part; a part that is not there stays None, for carving."""
-    train, validation, test = parts
-    wanted = {"train": train, "validation": validation, "test": test}
-    if path.is_file():
-        places = {"train": path}
-    else:
-        files = {part: [path / f"{name}{end}" for end in TABLES] for part, name in wanted.items()}
-        tables = {p: f for p, found in files.items() for f in found if f.is_file()}
-        folders = {p: path / f"{name}" for p, name in wanted.items() if (path / f"{name}").is_dir()}
-        places = tables or folders or {"train": path}
-    if "train" not in places or ("validation" not in places and isinstance(validation, str)):
-        raise BadInput(
-            f"{path} lacks one of {wanted}: it has {sorted(p.name for p in path.iterdir())}"
-        )
-    read = _read_table if places["train"].is_file() else _read_folder
-    tables = {part: read(place, columns) for part, place in places.items()}
+    path: Path, asked: dict[str, str], columns: dict[str, str]
+) -> tuple[dict[str, Source], Info]:
+    """Open the files of each part; a test part that is not there is left out, for carving."""
+    places = {"train": path}
+    if path.is_dir():
+        found = {
+            part: place
+            for end in ("", *TABLES)
+            for part, split in asked.items()
+            if (place := path / f"{split}{end}").exists()
+        }
+        places = found or places
+    for part in asked.keys() - {"test"} - places.keys():
+        raise BadInput(f"{path} lacks its {part} part {asked[part]!r}, or names it otherwise")
+    tables = {
+        part: read_table(place, columns) if place.is_file() else _read_folder(place)
+        for part, place in places.items()
+    }
     info = _read_info(*tables["train"])
-    opened: dict[str, Source | None] = dict.fromkeys(wanted)
-    for part, (rows, values) in tables.items():
-        opened[part] = Rows(rows, _to_labels(values, info, places[part]))
-    return opened, info
+    return {
+        part: Rows(rows, _to_labels(values, info, places[part]))
+        for part, (rows, values) in tables.items()
+    }, info
 
 
-def _read_folder(path: Path, _: dict[str, str]) -> tuple[list[dict], list[str]]:
-    files = sorted(f for f in path.glob("*/*") if f.suffix.lower() in PICTURES)
+def _read_folder(path: Path) -> tuple[list[dict], list[str]]:
+    files = sorted(file for file in path.glob("*/*") if file.suffix.lower() in PICTURES)
     if not files:
         raise BadInput(
             f"no images in {path}: expected <class>/*{{{','.join(PICTURES)}}}, "
@@ -379,7 +349,7 @@ def _read_folder(path: Path, _: dict[str, str]) -> tuple[list[dict], list[str]]:
     return [{"image": file} for file in files], [file.parent.name for file in files]
 
 
-def _read_table(path: Path, columns: dict[str, str]) -> tuple[list[dict], list | None]:
+def read_table(path: Path, columns: Mapping[str, str]) -> tuple[list[dict], list | None]:
     """Read rows of {"text", "text_b"?} and the values of the label column, None without one."""
     with path.open(encoding="utf8", newline="") as stream:
         if path.suffix == ".jsonl":
@@ -388,52 +358,47 @@ def _read_table(path: Path, columns: dict[str, str]) -> tuple[list[dict], list |
             table = list(csv.DictReader(stream, delimiter="\t" if path.suffix == ".tsv" else ","))
     if not table:
         raise BadInput(f"{path} has no rows")
-    optional = {key: key for key in ("text_b", "label") if key in table[0]}
-    keys = {"text": "text"} | optional | columns
+    keys = {key: key for key in ("text", "text_b", "label") if key == "text" or key in table[0]}
+    keys |= columns
     for row in table:
-        _refuse_missing(str(path), keys.values(), row)
+        _refuse_missing(str(path), keys, row)
     values = [row[keys["label"]] for row in table] if "label" in keys else None
     if values and any(isinstance(value, str) and "|" in value for value in values):
         values = [[part for part in value.split("|") if part] for value in values]
-    texts = [{ours: row[keys[ours]] for ours in keys if ours != "label"} for row in table]
-    return texts, values
+    return [{our: row[key] for our, key in keys.items() if our != "label"} for row in table], values
 
 
 def _read_info(rows: list[dict], values: list | None) -> Info:
     """Infer the task from the training labels: lists, numbers with fractions, or classes."""
-    kind = "image" if rows and "image" in rows[0] else "text"
+    kind = "image" if "image" in rows[0] else "text"
     if values is None:
         return Info(kind)
     if any(isinstance(value, list) for value in values):
         return Info(kind, "multilabel", tuple(sorted({str(v) for value in values for v in value})))
     names = sorted({str(value) for value in values})
     try:
-        numbers = [float(name) for name in names]
-    except ValueError:
+        names.sort(key=float)
+    except ValueError:  # not all are numbers
         return Info(kind, "classify", tuple(names))
-    if kind == "text" and any("." in name or "e" in name for name in names):
-        return Info(kind, "regress")
-    return Info(kind, "classify", tuple(n for _, n in sorted(zip(numbers, names, strict=True))))
+    fractions = kind == "text" and not all(name.lstrip("+-").isdigit() for name in names)
+    return Info(kind, "regress") if fractions else Info(kind, "classify", tuple(names))
 
 
-def _to_labels(values: list | None, info: Info, place: Path) -> Num[np.ndarray, "n *c"] | None:
+def _to_labels(values: list | None, info: Info, place: Path) -> Labels | None:
     if values is None or info.task is None:
         return None
     if info.task == "regress":
         return np.asarray(values, np.float32)
     index = {name: i for i, name in enumerate(info.names)}
-    listed = [value if isinstance(value, list) else [value] for value in values]
-    for row, value in enumerate(listed):
-        for name in value:
-            if str(name) not in index:
+    rows = []
+    for i, value in enumerate(values):
+        listed = [str(v) for v in value] if isinstance(value, list) else [str(value)]
+        for label in listed:
+            if label not in index:
                 raise BadInput(
-                    f"{place}, example {row}: label {name!r} is outside the classes of the "
+                    f"{place}, example {i}: label {label!r} is outside the classes of the "
                     f"training part: {', '.join(info.names[:12])}"
                 )
-    rows = [
-        _label_row([index[str(v)] for v in value], info)
-        if info.task == "multilabel"
-        else np.int32(index[str(value[0])])
-        for value in listed
-    ]
+        found = [index[label] for label in listed]
+        rows.append(label_row(found if info.task == "multilabel" else found[0], info))
     return np.asarray(rows)

@@ -7,13 +7,11 @@ from jaxtyping import Float32, UInt8
 from PIL import Image
 
 Pixels = UInt8[np.ndarray, "h w c"]
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 def to_pil(image: Pixels) -> Image.Image:
-    """View an array of one, three or four channels as a Pillow image."""
+    """View an array of one or three channels as a Pillow image."""
     return Image.fromarray(image[:, :, 0] if image.shape[2] == 1 else image)
 
 
@@ -24,15 +22,8 @@ def to_array(image: Image.Image) -> Pixels:
 
 
 def to_rgb(image: Pixels) -> Pixels:
-    """Replicate grey to three channels; lay a fourth (alpha) on white."""
-    channels = image.shape[2]
-    if channels == 1:
-        return np.repeat(image, 3, axis=2)
-    if channels == 4:
-        page = Image.new("RGBA", image.shape[1::-1], "white")
-        page.alpha_composite(Image.fromarray(image))
-        return np.asarray(page.convert("RGB"))
-    return image
+    """Replicate grey to three channels."""
+    return np.repeat(image, 3, axis=2) if image.shape[2] == 1 else image
 
 
 def resize(image: Pixels, height: int, width: int) -> Pixels:
@@ -40,13 +31,6 @@ def resize(image: Pixels, height: int, width: int) -> Pixels:
     if image.shape[:2] == (height, width):
         return image
     return to_array(to_pil(image).resize((width, height), Image.Resampling.BICUBIC))
-
-
-def resize_shorter(image: Pixels, size: int) -> Pixels:
-    """Resize so that the shorter side is `size` pixels; the longer keeps its share, rounded down."""
-    height, width = image.shape[:2]
-    shorter = min(height, width)
-    return resize(image, height * size // shorter, width * size // shorter)
 
 
 def center_crop(image: Pixels, size: int) -> Pixels:
@@ -59,8 +43,7 @@ def normalise(
     image: Pixels, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> Float32[np.ndarray, "h w 3"]:
     """Map bytes to (x / 255 - mean) / std in float32; a single channel meets all three means."""
-    scale = 1 / (255 * np.asarray(std, np.float64))
-    shift = -np.asarray(mean, np.float64) / np.asarray(std, np.float64)
+    scale, shift = 1 / (255 * np.asarray(std)), -np.asarray(mean) / np.asarray(std)
     return image * scale.astype(np.float32) + shift.astype(np.float32)
 
 
@@ -68,7 +51,7 @@ def normalise(
 class FitImage:
     """Bring images to `size` x `size` bytes: shorter side to `resize`, then the middle.
 
-    resize=None stretches to the square.  Deterministic, so `cached` may remember the result.
+    resize=None stretches to the square.  Deterministic, so that `cached` may remember the result.
     """
 
     size: int
@@ -79,7 +62,8 @@ class FitImage:
         image = example["image"]
         if self.resize is None:
             return {**example, "image": resize(image, self.size, self.size)}
-        return {**example, "image": center_crop(resize_shorter(image, self.resize), self.size)}
+        height, width = (side * self.resize // min(image.shape[:2]) for side in image.shape[:2])
+        return {**example, "image": center_crop(resize(image, height, width), self.size)}
 
 
 @dataclass(frozen=True)

@@ -85,7 +85,7 @@ class MaskedLanguageHead(nn.Module):
     def __call__(self, tokens: Tokens, embed: TokenEmbed) -> Float[Array, "b l v"]:
         act = layers.choose(layers.ACTIVATIONS, self.activation, "activation")
         x = layers.Dense(
-            tokens.shape[-1], dtype=self.dtype, init=layers.small_normal, name="dense"
+            tokens.shape[-1], dtype=self.dtype, kernel_init=layers.small_normal, name="dense"
         )(tokens)
         scores = embed.attend(layers.LayerNorm(self.eps, self.dtype, name="norm")(act(x)))
         bias = self.param("bias", nn.initializers.zeros, (self.vocab,), jnp.float32)
@@ -148,7 +148,7 @@ class Bert(nn.Module):
         pools = {"cls": lambda: x[:, 0], "mean": lambda: masked_mean(x, mask)}
         if self.pooler or self.pool == "pooler":
             dense = layers.Dense(
-                self.width, dtype=self.dtype, init=layers.small_normal, name="pooler"
+                self.width, dtype=self.dtype, kernel_init=layers.small_normal, name="pooler"
             )
             pools["pooler"] = lambda: jnp.tanh(dense(x[:, 0]))
             if self.is_initializing():

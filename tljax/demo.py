@@ -1,0 +1,193 @@
+"""The main job in one command: real weights, real data, every strategy, what each bought."""
+
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from tljax.build import Experiment, build
+from tljax.checkpoint import write_json
+from tljax.config import parse
+from tljax.metrics import mean_interval
+from tljax.optim import with_lr
+from tljax.state import State
+from tljax.train import advance, compile_step, human, score, size
+from tljax.tree import join
+from tljax.types import BadInput, Tree
+
+RATES = {
+    "scratch": (3e-4, 1e-3),
+    "probe": (3e-3, 1e-2),
+    "bitfit": (1e-3, 3e-3),
+    "lora": (1e-3, 3e-3),
+    "last_k": (3e-4, 1e-3),
+    "full": (1e-4, 3e-4),
+}
+"""Two learning rates to choose from on validation: the same number of trials for every strategy."""
+QUICK = ("probe",)  # strategies cheap enough for three seeds
+
+
+@dataclass(frozen=True)
+class Job:
+    """One row of tasks in the demo: weights, data, and how long to train."""
+
+    title: str
+    base: Mapping[str, Any]
+    steps: int
+    trial_steps: int
+
+
+JOBS = (
+    Job(
+        "DINOv2 ViT-S/14 on Fashion-MNIST",
+        {
+            "data": {"name": "fashion", "labels": 1000, "validation": 256, "test": "test[:2000]"}
+            | {"image_size": 98},
+            "weights": "dinov2-vits14",
+            "model": {"read": "blocks/8", "pool": "cls+mean"},
+        },
+        steps=32,
+        trial_steps=12,
+    ),
+    Job(
+        "MiniLM-L6 on movie sentiment",
+        {
+            "data": {"name": "sentiment/movies", "labels": 1000, "validation": 256, "length": 48},
+            "weights": "minilm-l6",
+            "model": {"pool": "mean"},
+        },
+        steps=64,
+        trial_steps=24,
+    ),
+)
+FALLBACK = Job(
+    "a small ViT on digits (no pretrained weights here: from scratch only)",
+    {
+        "data": {"name": "digits", "image_size": 16, "validation": 256},
+        "model": {"name": "vit", "width": 64, "depth": 4, "heads": 4, "mlp": 256, "patch": 4},
+    },
+    steps=200,
+    trial_steps=60,
+)
+
+
+def make(job: Job, strategy: str, steps: int) -> Experiment:
+    """Build the experiment of one cell."""
+    run = {"steps": steps, "batch": 32}
+    optim = {"decay": 0.01, "warmup": steps // 10}
+    values = {**job.base, "strategy": {"name": strategy}, "run": run, "optim": optim}
+    return build(parse(values))
+
+
+def fit(experiment: Experiment, compiled: Any, lr: float, steps: int, seed: int = 0) -> Tree:
+    """Train for some steps at one learning rate and return the whole tree."""
+    experiment = replace(experiment, data=replace(experiment.data, seed=seed))
+    state, frozen = experiment.birth(jax.random.key(seed))
+    state = State(state.step, state.params, state.track, with_lr(state.opt, lr))
+    for step, state, _ in advance(experiment, compiled, state, frozen):
+        if step == steps:
+            break
+    return join(state.params, state.track, frozen)
+
+
+def cell(job: Job, strategy: str, fast: bool) -> dict[str, Any]:
+    """Choose a learning rate on validation, train with it, and read the test part once a seed."""
+    steps, trial_steps = (4, 2) if fast else (job.steps, job.trial_steps)
+    experiment = make(job, strategy, steps)
+    compiled = compile_step(experiment)
+    began = time.perf_counter()
+    name = "accuracy"
+    trials = {
+        lr: score(experiment, fit(experiment, compiled, lr, trial_steps), "validation")[name]
+        for lr in RATES[strategy]
+    }
+    best = max(trials, key=lambda lr: trials[lr])
+    tests = []
+    for seed in range(3 if strategy in QUICK and not fast else 1):
+        tests.append(score(experiment, fit(experiment, compiled, best, steps, seed), "test"))
+    state, frozen = experiment.abstract
+    values = [test[name] for test in tests]
+    seeds = mean_interval(values) if len(values) > 1 else None
+    parameters = [sum(leaf.size for leaf in jax.tree.leaves(t)) for t in (state.params, frozen)]
+    return {
+        "strategy": strategy,
+        "accuracy": float(np.mean(values)),
+        "low": tests[0][f"{name}/low"],
+        "high": tests[0][f"{name}/high"],
+        "seeds": len(values),
+        "seed_interval": seeds,
+        "n": tests[0]["n"],
+        "lr": best,
+        "trials": {str(lr): value for lr, value in trials.items()},
+        "trainable": parameters[0],
+        "share": parameters[0] / sum(parameters),
+        "flops": compiled.cost_analysis()["flops"],
+        "optimizer_bytes": size(state.opt),
+        "seconds": time.perf_counter() - began,
+    }
+
+
+def cells(job: Job, fast: bool) -> Iterator[dict[str, Any]]:
+    """Yield the row of every strategy; without weights there is only scratch."""
+    for strategy in RATES if "weights" in job.base else ("scratch",):
+        row = cell(job, strategy, fast)
+        interval = f"[{row['low']:.3f}, {row['high']:.3f}]"
+        print(
+            f"{row['strategy']:8} {row['accuracy']:8.3f} {interval:16} {row['seeds']:5} "
+            f"{row['trainable']:>12,} {row['share']:7.2%} {human(row['flops']):>8}  "
+            f"{row['seconds']:6.1f}  {row['lr']:g}",
+            flush=True,
+        )
+        yield row
+
+
+def run(out: Path, fast: bool = False) -> None:
+    """Run every job that this machine has the files for; write results.json and results.png."""
+    out.mkdir(parents=True, exist_ok=True)
+    results = {}
+    jobs = list(JOBS)
+    for job in jobs:
+        print(f"\n{job.title}; {job.base['data'].get('labels', 'all')} labels")
+        print(HEADER)
+        try:
+            results[job.title] = list(cells(job, fast))
+        except BadInput as error:
+            print(f"left out: {error}")
+            jobs += [FALLBACK] * (FALLBACK not in jobs)
+    write_json(out / "results.json", results)
+    plot(results, out / "results.png")
+    print(f"\naccuracy is of the test part, with its 95 % Wilson interval; {out / 'results.png'}")
+
+
+def plot(results: Mapping[str, list[dict[str, Any]]], path: Path) -> None:
+    """Draw accuracy against trainable parameters, FLOPs and seconds, one row of panels a job."""
+    # Imported late: only the demo draws.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    axes_of = {"trainable": "trainable parameters", "flops": "FLOPs a step", "seconds": "seconds"}
+    figure = Figure(figsize=(13, 4 * len(results)), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(len(results), len(axes_of), squeeze=False)
+    for line, (title, rows) in zip(panels, results.items(), strict=True):
+        for panel, (key, label) in zip(line, axes_of.items(), strict=True):
+            for row in rows:
+                error = [[row["accuracy"] - row["low"]], [row["high"] - row["accuracy"]]]
+                error = np.maximum(error, 0)
+                panel.errorbar(row[key], row["accuracy"], error, fmt="o", capsize=3)
+                panel.annotate(
+                    row["strategy"], (row[key], row["accuracy"]), (6, 4), textcoords="offset points"
+                )
+            panel.set(xscale="log", xlabel=label, ylabel="test accuracy", title=title)
+            panel.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
+
+
+HEADER = (
+    f"{'strategy':8} {'accuracy':>8} {'95 % interval':16} {'seeds':>5} "
+    f"{'trainable':>12} {'share':>7} {'FLOPs':>8}  {'s':>6}  lr"
+)

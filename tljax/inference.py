@@ -1,0 +1,143 @@
+"""What is done with a finished run: evaluate it again, or let it predict."""
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from scipy import special
+
+from tljax import objectives, sharding
+from tljax.build import MODELS, precision
+from tljax.checkpoint import read_tree
+from tljax.config import Config, parse
+from tljax.data.pipeline import Pipeline, open_pipeline, unlabelled
+from tljax.data.sources import PICTURES, TABLES, read_table
+from tljax.evaluate import evaluate
+from tljax.source import as_fields, read_record
+from tljax.types import BadInput, Batch, Tree
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A run as its folder tells it: everything a prediction needs."""
+
+    config: Config
+    tree: Tree
+    facts: dict[str, Any]
+    data: Pipeline
+    predict: Callable[[Tree, Batch], dict[str, jax.Array]]
+    mesh: Any
+
+
+def open_finished(workdir: Path, data: str | None = None) -> Finished:
+    """Read a run's folder; `data` replaces the data set it was trained on.
+
+    Raises: BadInput if the labels of the other data are not the run's.
+    """
+    record = read_record(workdir)
+    facts, config = record["model"], parse(record["config"])
+    mesh = sharding.make_mesh(**config.mesh.model_dump())
+    chosen = config.data.model_copy(update={"name": data} if data else {})
+    pipeline = open_pipeline(
+        chosen,
+        facts["task"],
+        preprocess=facts["preprocess"],
+        tokenizer=workdir / facts["tokenizer"] if facts["tokenizer"] else None,
+        batch=config.run.batch,
+        threads=config.run.threads,
+        seed=config.seed,
+    )
+    if list(pipeline.labels or ()) != list(facts["labels"] or ()):
+        raise BadInput(
+            f"{chosen.name} has labels {', '.join((pipeline.labels or ())[:8])}...; "
+            f"the run in {workdir} knows {', '.join((facts['labels'] or ())[:8])}..."
+        )
+    fields, dtype = as_fields(facts["fields"]), jnp.dtype(config.precision.compute)
+    model = MODELS[facts["name"]](**fields, dtype=dtype)
+    here = sharding.on(mesh, sharding.REPLICATED)
+    predict = jax.jit(objectives.make_predict(facts["task"], model), out_shardings=here)
+    tree = jax.device_put(read_tree(workdir), here)
+    return Finished(config, tree, facts, pipeline, predict, mesh)
+
+
+def evaluate_run(workdir: Path, split: str, data: str | None = None) -> dict[str, float]:
+    """Evaluate a finished run on its own data, or on other data with the same labels."""
+    run = open_finished(workdir, data)
+    with precision(run.config):
+        batches = (sharding.put_batch(batch, run.mesh) for batch in run.data.eval_batches(split))
+        return evaluate(run.predict, (run.tree,), batches, run.facts["task"], run.facts["labels"])
+
+
+def read_texts(path: Path, columns: dict[str, str]) -> list[dict[str, Any]]:
+    """Read the text column of a table, or the lines of any other file."""
+    if path.suffix in TABLES:
+        texts = {name: column for name, column in columns.items() if name != "label"}
+        return [
+            {name: row[name] for name in row if name in ("text", "text_b")}
+            for row in read_table(path, texts)[0]
+        ]
+    lines = path.read_text(encoding="utf8").splitlines()
+    return [{"text": line} for line in lines if line.strip()]
+
+
+def find_inputs(
+    paths: Sequence[Path], images: bool, columns: dict[str, str]
+) -> list[dict[str, Any]]:
+    """List pictures (files, folders searched through) or texts (lines, or a text column).
+
+    Raises: BadInput for a path that is missing or holds nothing to predict.
+    """
+    rows: list[dict[str, Any]] = []
+    for path in paths:
+        if not path.exists():
+            raise BadInput(f"{path} does not exist")
+        if images:
+            files = sorted(path.rglob("*")) if path.is_dir() else [path]
+            rows += [{"image": file} for file in files if file.suffix.lower() in PICTURES]
+        else:
+            rows += read_texts(path, columns)
+    if not rows:
+        kind = f"pictures ({', '.join(PICTURES)})" if images else "texts"
+        raise BadInput(f"no {kind} in {', '.join(map(str, paths))}")
+    return rows
+
+
+def predictions(run: Finished, rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield what the run says of each input: labels with probabilities, or a number."""
+    names, task = run.facts["labels"], run.facts["task"]
+    for batch in unlabelled(run.data, rows):
+        valid = batch["valid"]
+        placed = sharding.put_batch(batch, run.mesh)
+        for logits in np.asarray(run.predict(run.tree, placed)["logits"])[valid]:
+            if task == "regress":
+                yield {"value": float(logits[0])}
+            elif task == "tag":
+                yield {"labels": [names[i] for i in logits.argmax(-1)]}
+            else:
+                odds = special.expit(logits) if task == "multilabel" else special.softmax(logits)
+                probabilities = dict(zip(names, map(float, odds), strict=True))
+                yield {"label": names[int(odds.argmax())], "probabilities": probabilities}
+
+
+def predict_run(workdir: Path, paths: Sequence[Path], out: Path) -> int:
+    """Write one JSON line per input to `out`; returns how many.
+
+    Raises: BadInput if the run was pretrained without labels.
+    """
+    run = open_finished(workdir)
+    if run.facts["task"] == "mlm":
+        raise BadInput(f"the run in {workdir} predicts masked tokens; adapt it to labels first")
+    rows = find_inputs(paths, run.data.tokenizer is None, run.config.data.columns)
+    with ExitStack() as stack:
+        stack.enter_context(precision(run.config))
+        file = stack.enter_context(open(out, "w", encoding="utf8"))
+        for row, found in zip(rows, predictions(run, rows), strict=True):
+            given = {name: str(value) for name, value in row.items()}
+            file.write(json.dumps(given | found) + "\n")
+    return len(rows)
