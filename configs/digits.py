@@ -1,6 +1,6 @@
 """A small ViT on scikit-learn's digits: the smallest run there is; no assets needed.
 
-    tljax train --config=configs/digits.py --workdir=runs/digits
+tljax train --config=configs/digits.py --workdir=runs/digits
 """
 
 from ml_collections import ConfigDict

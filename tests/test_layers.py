@@ -31,6 +31,11 @@ def start(module, *inputs, seed=0):
     return moved(jax.jit(module.init)(KEY, *inputs), seed)
 
 
+def as_numpy(tree):
+    """Free a tree from jax's rule against implicit rank promotion."""
+    return jax.tree.map(np.asarray, tree)
+
+
 def near(ours, expected, tolerance=2e-6):
     """Assert equality relative to the largest value: 2e-6 is float32 rounding in short sums."""
     ours, expected = np.asarray(ours, np.float64), np.asarray(expected, np.float64)
@@ -166,7 +171,7 @@ def test_layer_norm_adds_its_eps_to_the_variance():
     x = 1e-6 * normal(3, 8)  # ordinary inputs would hide the eps
     norm = LayerNorm(1e-12)
     variables = start(norm, x)
-    leaves = variables["params"]
+    leaves = as_numpy(variables["params"])
     wide = np.asarray(x, np.float64)
     plain = (wide - wide.mean(-1, keepdims=True)) / np.sqrt(wide.var(-1, keepdims=True) + 1e-12)
     near(norm.apply(variables, x), plain * leaves["scale"] + leaves["bias"])
@@ -213,7 +218,7 @@ def test_initialising_does_not_touch_the_statistics():
 
 def test_batch_norm_reads_its_averages_unless_they_are_mutable(batch_norm):
     norm, variables, x = batch_norm
-    stats, leaves = variables["batch_stats"], variables["params"]
+    stats, leaves = as_numpy(variables["batch_stats"]), as_numpy(variables["params"])
     plain = (np.asarray(x) - stats["mean"]) / np.sqrt(stats["var"] + 1e-5)
     near(norm.apply(variables, x), plain * leaves["scale"] + leaves["bias"])
 
@@ -221,8 +226,9 @@ def test_batch_norm_reads_its_averages_unless_they_are_mutable(batch_norm):
 def test_batch_norm_uses_and_averages_the_batch_when_mutable(batch_norm):
     norm, variables, x = batch_norm
     y, updates = norm.apply(variables, x, mutable=["batch_stats"])
-    mean, var = np.asarray(x).mean((0, 1, 2)), np.asarray(x).var((0, 1, 2))  # biased, as in Flax
-    leaves = variables["params"]
+    x = np.asarray(x)
+    mean, var = x.mean((0, 1, 2)), x.var((0, 1, 2))  # biased, as in Flax
+    leaves = as_numpy(variables["params"])
     near(y, (x - mean) / np.sqrt(var + 1e-5) * leaves["scale"] + leaves["bias"])
     old, new = variables["batch_stats"], updates["batch_stats"]
     near(new["mean"], 0.9 * old["mean"] + 0.1 * mean)

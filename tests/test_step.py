@@ -66,12 +66,14 @@ def test_frozen_leaves_are_bit_identical_and_trainable_leaves_move():
     for _ in range(20):
         state, _ = step(state, frozen, BATCH_OF_16)
     assert jax.tree.all(jax.tree.map(np.array_equal, before[1], jax.device_get(frozen)))
-    moved = jax.tree.map(lambda a, b: not np.array_equal(a, b), before[0], jax.device_get(state.params))
+    moved = jax.tree.map(
+        lambda a, b: not np.array_equal(a, b), before[0], jax.device_get(state.params)
+    )
     assert jax.tree.all(moved)
 
 
 def test_the_optimizer_state_holds_trainable_leaves_only():
-    _, state, frozen = start(HEAD)
+    _, state, _ = start(HEAD)
     moments = [leaf.shape for leaf in jax.tree.leaves(state.opt) if leaf.ndim]
     assert sorted(moments) == sorted([(16, 3), (3,)] * 2)
 
@@ -92,7 +94,9 @@ def test_split_equals_masking_the_optimizer_over_the_whole_tree():
     tree = jax.device_get(join(state.params, state.track, frozen))
     whole, track = {"params": tree["params"]}, {"batch_stats": tree["batch_stats"]}
     is_frozen = {"params": {"below": True, "norm": True, "head": False}}
-    inner = optax.adamw(0.05, weight_decay=0.1, mask=lambda p: jax.tree.map(lambda x: x.ndim > 1, p))
+    inner = optax.adamw(
+        0.05, weight_decay=0.1, mask=lambda p: jax.tree.map(lambda x: x.ndim > 1, p)
+    )
     tx = optax.transforms.selective_transform(inner, freeze_mask=is_frozen)
     opt = tx.init(whole)
 

@@ -83,6 +83,6 @@ def test_unread_finds_leaves_that_cannot_affect_the_loss():
         return {"sum": Term(1.0, loss, jnp.ones(()))}, Aux({"m": (metric, 1)}, {})
 
     tree = {name: np.ones((3, 3), np.float32) for name in ("used", "metric_only", "frozen", "idle")}
-    roles = {name: "train" for name in tree} | {"frozen": "freeze"}
+    roles = dict.fromkeys(tree, "train") | {"frozen": "freeze"}
     found = unread(objective, split(tree, roles), jnp.ones((2, 3)), jax.random.key(0))
     assert sorted(found) == ["idle", "metric_only"]

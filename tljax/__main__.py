@@ -48,7 +48,7 @@ def make_parser() -> argparse.ArgumentParser:
     predict.add_argument("--out", type=Path, default=Path("preds.jsonl"), help="JSONL to write")
     demo = add("demo", "adapt real weights to real data by every strategy, and compare")
     demo.add_argument("--out", type=Path, default=Path("demo"), help="folder for table and plot")
-    demo.add_argument("--fast", action="store_true", help="a check of a minute or two, not a result")
+    demo.add_argument("--fast", action="store_true", help="a quick check, not a result")
     return parser
 
 

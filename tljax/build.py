@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
-from jax.sharding import Mesh
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from tljax import objectives, optim, sharding
@@ -25,7 +24,7 @@ from tljax.models.resnet import ResNet
 from tljax.models.vit import ViT
 from tljax.source import open_source
 from tljax.state import Roles, State, apply_edits, assign_roles, make_birth, optimizer_specs
-from tljax.step import Shardings, Step, make_step
+from tljax.step import Shardings, make_step
 from tljax.strategies import STRATEGIES, Average, Strategy
 from tljax.tree import flatten, nearest, split
 from tljax.types import BadInput, Edit, Key, Tree
@@ -107,7 +106,7 @@ class Experiment:
     facts: dict[str, Any]
     task: str
     data: Pipeline
-    mesh: Mesh
+    mesh: sharding.Mesh
     tree: Tree
     roles: Roles
     specs: Tree
@@ -115,7 +114,7 @@ class Experiment:
     edits: tuple[Edit, ...]
     birth: Callable[[Key], tuple[State, Tree]]
     abstract: tuple[State, Tree]
-    step: Step
+    step: jax.stages.Wrapped
     predict: Callable[[Tree, Any], dict[str, jax.Array]]
     report: Report | None
     digest: str
@@ -197,6 +196,7 @@ def build(config: Config) -> Experiment:
     strategy = make_strategy(config, tree, source_edits, getattr(model, "read", None))
     tree = jax.eval_shape(partial(apply_edits, strategy.edits), tree, key)
     objective = objectives.add(objectives.make_objective(task, model), *strategy.terms)
+    objective = sharding.under(mesh, objective)
     if config.run.ema:
         objective = objectives.average(objective, config.run.ema ** (1 / config.run.microbatches))
     roles = assign_roles(tree, config.roles, strategy.roles, objective, batch, key)
@@ -208,7 +208,7 @@ def build(config: Config) -> Experiment:
     specs = sharding.specs(tree, mesh, config.specs)
     shardings = make_shardings(mesh, specs, roles.tree, tx, abstract[0])
     with_sharding = jax.jit(birth, out_shardings=(shardings.state, shardings.frozen))
-    predict = objectives.make_predict(task, model)
+    predict = sharding.under(mesh, objectives.make_predict(task, model))
     return Experiment(
         config=config,
         model=model,
@@ -249,7 +249,9 @@ def make_strategy(
     return Strategy(edits, (*strategy.roles, ("ema/**", "track")), strategy.groups, strategy.terms)
 
 
-def make_shardings(mesh: Mesh, specs: Tree, roles: Tree, tx: Any, state: State) -> Shardings:
+def make_shardings(
+    mesh: sharding.Mesh, specs: Tree, roles: Tree, tx: Any, state: State
+) -> Shardings:
     """Give state, frozen tree, batch and scalars their places; optimizer leaves follow parameters."""
     scalar = sharding.on(mesh, sharding.REPLICATED)
     parts = split(sharding.on(mesh, specs), roles)

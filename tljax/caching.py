@@ -1,5 +1,6 @@
 """The persistent compilation cache: a program that was compiled once starts at once."""
 
+import os
 from pathlib import Path
 
 import jax
@@ -7,6 +8,6 @@ import jax
 
 def use_compilation_cache() -> None:
     """Keep compiled programs in the user's cache, unless JAX_COMPILATION_CACHE_DIR says where."""
-    if jax.config.jax_compilation_cache_dir is None:
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         folder = Path.home() / ".cache" / "tljax" / "jax"
         jax.config.update("jax_compilation_cache_dir", str(folder))

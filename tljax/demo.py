@@ -48,20 +48,20 @@ JOBS = (
             "data": {"name": "fashion", "labels": 1000, "validation": 256, "test": "test[:2000]"}
             | {"image_size": 98},
             "weights": "dinov2-vits14",
-            "model": {"read": "blocks/8", "pool": "cls+mean"},
+            "model": {"read": "blocks/5", "pool": "cls+mean"},
         },
         steps=32,
-        trial_steps=12,
+        trial_steps=8,
     ),
     Job(
         "MiniLM-L6 on movie sentiment",
         {
-            "data": {"name": "sentiment/movies", "labels": 1000, "validation": 256, "length": 48},
+            "data": {"name": "sentiment/movies", "labels": 1000, "validation": 256, "length": 40},
             "weights": "minilm-l6",
             "model": {"pool": "mean"},
         },
-        steps=64,
-        trial_steps=24,
+        steps=48,
+        trial_steps=12,
     ),
 )
 FALLBACK = Job(
@@ -83,12 +83,15 @@ def make(job: Job, strategy: str, steps: int) -> Experiment:
     return build(parse(values))
 
 
-def fit(experiment: Experiment, compiled: Any, lr: float, steps: int, seed: int = 0) -> Tree:
+def fit(
+    experiment: Experiment, compiled: jax.stages.Compiled, lr: float, steps: int, seed: int = 0
+) -> Tree:
     """Train for some steps at one learning rate and return the whole tree."""
     experiment = replace(experiment, data=replace(experiment.data, seed=seed))
-    state, frozen = experiment.birth(jax.random.key(seed))
-    state = State(state.step, state.params, state.track, with_lr(state.opt, lr))
-    for step, state, _ in advance(experiment, compiled, state, frozen):
+    born, frozen = experiment.birth(jax.random.key(seed))
+    born = State(born.step, born.params, born.track, with_lr(born.opt, lr))
+    state = born
+    for step, state, _ in advance(experiment, compiled, born, frozen):  # noqa: B007
         if step == steps:
             break
     return join(state.params, state.track, frozen)
@@ -176,8 +179,8 @@ def plot(results: Mapping[str, list[dict[str, Any]]], path: Path) -> None:
     for line, (title, rows) in zip(panels, results.items(), strict=True):
         for panel, (key, label) in zip(line, axes_of.items(), strict=True):
             for row in rows:
-                error = [[row["accuracy"] - row["low"]], [row["high"] - row["accuracy"]]]
-                error = np.maximum(error, 0)
+                below, above = row["accuracy"] - row["low"], row["high"] - row["accuracy"]
+                error = np.maximum([[below], [above]], 0)
                 panel.errorbar(row[key], row["accuracy"], error, fmt="o", capsize=3)
                 panel.annotate(
                     row["strategy"], (row[key], row["accuracy"]), (6, 4), textcoords="offset points"

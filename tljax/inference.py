@@ -61,9 +61,10 @@ def open_finished(workdir: Path, data: str | None = None) -> Finished:
     fields, dtype = as_fields(facts["fields"]), jnp.dtype(config.precision.compute)
     model = MODELS[facts["name"]](**fields, dtype=dtype)
     here = sharding.on(mesh, sharding.REPLICATED)
-    predict = jax.jit(objectives.make_predict(facts["task"], model), out_shardings=here)
+    predict = sharding.under(mesh, objectives.make_predict(facts["task"], model))
     tree = jax.device_put(read_tree(workdir), here)
-    return Finished(config, tree, facts, pipeline, predict, mesh)
+    jitted = jax.jit(predict, out_shardings=here)
+    return Finished(config, tree, facts, pipeline, jitted, mesh)
 
 
 def evaluate_run(workdir: Path, split: str, data: str | None = None) -> dict[str, float]:

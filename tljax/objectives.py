@@ -31,20 +31,21 @@ def variables_of(tree: Tree) -> Tree:
 
 def forward(model: nn.Module, tree: Tree, batch: Batch, key: Key) -> tuple[Output, Tree]:
     """Run a model as in training: dropout from `key`, BatchNorm statistics moved."""
-    return model.apply(
-        variables_of(tree), *inputs_of(batch), rngs={"dropout": key}, mutable=["batch_stats"]
-    )
+    variables, inputs = variables_of(tree), inputs_of(batch)
+    output, moved = model.apply(variables, *inputs, rngs={"dropout": key}, mutable=["batch_stats"])
+    return output, moved
 
 
 def infer(model: nn.Module, tree: Tree, batch: Batch) -> Output:
     """Run a model as in evaluation, with the averaged parameters where the tree has them."""
-    return model.apply(variables_of(tree | tree.get("ema", {})), *inputs_of(batch))
+    output: Output = model.apply(variables_of(tree | tree.get("ema", {})), *inputs_of(batch))
+    return output
 
 
 def _objective(
     model: nn.Module, name: str, losses: Callable[[Array, Batch], tuple[Array, Array, dict]]
 ) -> Objective:
-    """Build an objective from `losses(logits, batch) -> (value per unit, weight per unit, metrics)`."""
+    """Build an objective from `losses(logits, batch) -> (values, weights, metrics)` per unit."""
 
     def objective(tree: Tree, batch: Batch, key: Key) -> tuple[Loss, Aux]:
         output, moved = forward(model, tree, batch, key)

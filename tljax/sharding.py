@@ -3,7 +3,8 @@
 Models are single-device programs; `jit` with shardings (what `pjit` became) does the rest.
 """
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -11,7 +12,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tljax.tree import label, map_with_path
+from tljax.tree import flatten, label, map_with_path
 from tljax.types import BadInput, Rules, Tree
 
 AXES = ("data", "fsdp", "tensor")
@@ -27,9 +28,9 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
     sizes = [data, fsdp, tensor]
     devices = jax.device_count()
     given = int(np.prod([size for size in sizes if size != -1]))
-    if sizes.count(-1) == 1 and devices % given == 0:
+    if sizes.count(-1) == 1 and given > 0 and devices % given == 0:
         sizes[sizes.index(-1)] = devices // given
-    if -1 in sizes or int(np.prod(sizes)) != devices:
+    if min(sizes) < 1 or int(np.prod(sizes)) != devices:
         raise BadInput(
             f"mesh data={data}, fsdp={fsdp}, tensor={tensor} does not multiply to the "
             f"{devices} devices there are; give sizes whose product is {devices}, or one -1"
@@ -53,20 +54,18 @@ def fsdp_spec(shape: tuple[int, ...], mesh: Mesh) -> P:
 def specs(tree: Tree, mesh: Mesh, rules: Rules = ()) -> Tree:
     """Give every leaf a PartitionSpec: by rule, else `fsdp_spec`.
 
-    Raises: BadInput for a dead rule, or a spec that does not divide its leaf.
+    Raises: BadInput for a dead rule, or a spec that does not fit its leaf or the mesh.
     """
-    chosen = label(tree, rules, None)
+    chosen = flatten(label(tree, [(glob, P(*axes)) for glob, axes in rules], None))
 
     def spec(path: str, leaf: Any) -> P:
-        own = chosen
-        for name in path.split("/"):
-            own = own[name]
-        if own is None:
-            return fsdp_spec(leaf.shape, mesh)
-        for size, axis in zip(leaf.shape, own, strict=False):
-            ways = int(np.prod([mesh.shape[a] for a in np.atleast_1d(axis)])) if axis else 1
-            if size % ways:
-                raise BadInput(f"{path} {leaf.shape} does not divide over {own} of {mesh.shape}")
+        own = chosen[path] if path in chosen else fsdp_spec(leaf.shape, mesh)
+        named = [np.atleast_1d(axis or ()) for axis in own]
+        if unknown := {str(axis) for axes in named for axis in axes} - set(mesh.shape):
+            raise BadInput(f"{path}: the mesh has axes {', '.join(AXES)}, not {min(unknown)}")
+        ways = [int(np.prod([mesh.shape[axis] for axis in axes])) for axes in named]
+        if len(ways) > leaf.ndim or any(n % w for n, w in zip(leaf.shape, ways, strict=False)):
+            raise BadInput(f"{path} {leaf.shape} does not divide over {own} of {dict(mesh.shape)}")
         return own
 
     return map_with_path(spec, tree)
@@ -76,6 +75,20 @@ def on(mesh: Mesh, spec_tree: Tree) -> Tree:
     """Turn PartitionSpecs into shardings on a mesh."""
     is_spec = lambda x: isinstance(x, P)  # noqa: E731 - a predicate, not a function of the module
     return jax.tree.map(lambda spec: NamedSharding(mesh, spec), spec_tree, is_leaf=is_spec)
+
+
+def under(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
+    """Trace a function with the mesh around it, so that layers can pin activations to its axes.
+
+    Wrap what runs a model, below `jit`: whoever traces it, and whenever, the mesh is then there.
+    """
+
+    @functools.wraps(function)
+    def traced(*args: Any) -> Any:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+            return function(*args)
+
+    return traced
 
 
 def check_batch(batch_size: int, mesh: Mesh, microbatches: int = 1) -> None:

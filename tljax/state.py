@@ -95,5 +95,3 @@ def optimizer_specs(tx: optax.GradientTransformation, opt: Any, specs: Tree, sca
     return optax.tree_utils.tree_map_params(
         tx, lambda _, spec: spec, opt, specs, transform_non_params=lambda _: scalar
     )
-
-

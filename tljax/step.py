@@ -1,36 +1,29 @@
 """The train step, the only one: gradients of the trainable part, one optimizer update."""
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
-from einops import rearrange
 
 from tljax.state import State
 from tljax.tree import join
 from tljax.types import Batch, Objective, Tree
 
-Step = Callable[[State, Tree, Batch], tuple[State, dict[str, jax.Array]]]
-
 
 class Shardings(NamedTuple):
     """Where each argument of the step lives, and its scalar results."""
 
-    state: Any
-    frozen: Any
-    batch: Any
-    scalar: Any
+    state: State
+    frozen: Tree
+    batch: jax.sharding.Sharding
+    scalar: jax.sharding.Sharding
 
 
 def make_step(
-    objective: Objective,
-    tx: optax.GradientTransformation,
-    seed: int,
-    shardings: Shardings,
+    objective: Objective, tx: optax.GradientTransformation, seed: int, shardings: Shardings,
     microbatches: int = 1,
-) -> Step:
+) -> jax.stages.Wrapped:  # fmt: skip
     """Build `step(state, frozen, batch) -> (state, metrics)`, jitted; the state is donated.
 
     Only `state.params` is differentiated.  Randomness is `fold_in(seed, step)`, so a restart is
@@ -38,8 +31,9 @@ def make_step(
     """
 
     def step(state: State, frozen: Tree, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
-        # "(b m) -> m b" keeps every example on its device; "(m b)" would gather the batch.
-        parts = jax.tree.map(lambda x: rearrange(x, "(b m) ... -> m b ...", m=microbatches), batch)
+        # (b m) -> m b keeps every example on its device; (m b) would gather the batch.
+        cut = lambda x: x.reshape(-1, microbatches, *x.shape[1:]).swapaxes(0, 1)  # noqa: E731
+        parts = jax.tree.map(cut, batch)
         key = jax.random.fold_in(jax.random.key(seed), state.step)
         inputs = (parts, jax.random.split(key, microbatches))
 
@@ -77,7 +71,7 @@ def make_step(
 
     return jax.jit(
         step,
-        in_shardings=(shardings.state, shardings.frozen, shardings.batch),
+        in_shardings=shardings[:3],
         out_shardings=(shardings.state, shardings.scalar),
         donate_argnums=0,
     )

@@ -1,9 +1,10 @@
 """The loop: restore, step, log, evaluate, save; and what a run writes about itself."""
 
+import json
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import closing
+from contextlib import ExitStack, closing
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -19,15 +20,15 @@ from tljax.metrics import Logger, accumulate, averages, parameter_table
 from tljax.sharding import put_batch
 from tljax.source import RECORD, read_record
 from tljax.state import State
-from tljax.step import Step
 from tljax.tree import flatten, join
 from tljax.types import BadInput, Tree
 
 PACKAGES = ("tljax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+RESULT = "result.json"
 UNITS = ("", "k", "M", "G", "T", "P")
 
 
-def compile_step(experiment: Experiment) -> Step:
+def compile_step(experiment: Experiment) -> jax.stages.Compiled:
     """Compile the step ahead of time: the run's only compilation of it."""
     batch = experiment.data.example_batch()
     placed = {
@@ -55,7 +56,7 @@ def size(tree: Any) -> int:
     return sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def plan(experiment: Experiment, compiled: Step) -> str:
+def plan(experiment: Experiment, compiled: jax.stages.Compiled) -> str:
     """Say what a step costs, before the first one; FLOPs and temporaries are per device.
 
     XLA counts a scan's body once, so with microbatches its count is multiplied by them.
@@ -84,7 +85,11 @@ def begin(experiment: Experiment, checkpoints: Checkpoints) -> tuple[State, Tree
 
 
 def advance(
-    experiment: Experiment, step_function: Step, state: State, frozen: Tree, start: int = 0
+    experiment: Experiment,
+    compiled: jax.stages.Compiled,
+    state: State,
+    frozen: Tree,
+    start: int = 0,
 ) -> Iterator[tuple[int, State, dict[str, jax.Array]]]:
     """Yield (step, state, metrics) after every step; nothing waits for the device.
 
@@ -93,7 +98,7 @@ def advance(
     host = experiment.data.train_batches(start)
     batches = prefetch_to_device(host, lambda batch: put_batch(batch, experiment.mesh))
     for step in range(start + 1, experiment.config.run.steps + 1):
-        state, metrics = step_function(state, frozen, next(batches))
+        state, metrics = compiled(state, frozen, next(batches))
         yield step, state, metrics
 
 
@@ -104,6 +109,30 @@ def score(experiment: Experiment, tree: Tree, split: str) -> dict[str, float]:
     return evaluate(experiment.predict, (tree,), put, experiment.task, names)
 
 
+class Intervals:
+    """Averages over intervals of steps; nothing waits for the device before it must."""
+
+    def __init__(self, logger: Logger, every: int, total: int):
+        """Log every so many steps, and at the last one."""
+        self.logger, self.every, self.total = logger, every, total
+        self.running: Any = None
+        self.due: tuple[int, Any] | None = None
+
+    def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
+        """Take one step's metrics, and log the interval that ended before it."""
+        self.flush()
+        self.running = accumulate(self.running, metrics)
+        self.logger.advance(step)
+        if step % self.every == 0 or step == self.total:
+            self.due, self.running = (step, self.running), None
+
+    def flush(self) -> None:
+        """Log the interval that is due."""
+        if self.due:
+            self.logger.write(self.due[0], averages(self.due[1]))
+            self.due = None
+
+
 def train(experiment: Experiment, workdir: Path) -> dict[str, Any]:
     """Run an experiment in a folder, from its last checkpoint if there is one.
 
@@ -112,35 +141,33 @@ def train(experiment: Experiment, workdir: Path) -> dict[str, Any]:
     """
     run = experiment.config.run
     claim(experiment, workdir)
+    if (workdir / RESULT).exists():
+        print(f"{workdir} is finished")
+        return dict(json.loads((workdir / RESULT).read_text()))
     print(tables(experiment))
-    step_function = compile_step(experiment)
-    print(plan(experiment, step_function), flush=True)
+    compiled = compile_step(experiment)
+    print(plan(experiment, compiled), flush=True)
     began = time.perf_counter()
-    with closing(Checkpoints(workdir / "checkpoints", keep=run.keep)) as checkpoints:
-        state, frozen = begin(experiment, checkpoints)
-        start = int(state.step)
-        with closing(Logger(workdir, run.steps, resumed=start or None)) as logger:
-            running = due = None
-            for step, state, metrics in advance(experiment, step_function, state, frozen, start):
-                # The last interval is fetched now that the next step is on its way.
-                due = due and logger.write(*due[:1], averages(due[1]))
-                running = accumulate(running, metrics)
-                logger.advance(step)
-                evaluates = bool(run.eval_every) and step % run.eval_every == 0
-                saves = bool(run.save_every) and step % run.save_every == 0
-                if step % run.log_every == 0 or step == run.steps:
-                    due, running = (step, running), None
-                if due and (evaluates or saves or step == run.steps):
-                    due = logger.write(due[0], averages(due[1]))
-                if evaluates and step < run.steps:
-                    tree = join(state.params, state.track, frozen)
-                    scores = score(experiment, tree, "validation")
-                    logger.write(step, prefixed("validation", scores))
-                if saves and step < run.steps:
-                    checkpoints.save(step, state)
-            checkpoints.save(run.steps, state)
-            result = finish(experiment, join(state.params, state.track, frozen), logger)
-    write_json(workdir / "result.json", result | {"seconds": time.perf_counter() - began})
+    with ExitStack() as stack:
+        checkpoints = stack.enter_context(closing(Checkpoints(workdir / "checkpoints", run.keep)))
+        born, frozen = begin(experiment, checkpoints)
+        start, state = int(born.step), born
+        logger = stack.enter_context(closing(Logger(workdir, run.steps, resumed=start or None)))
+        intervals = Intervals(logger, run.log_every, run.steps)
+        for step, state, metrics in advance(experiment, compiled, born, frozen, start):
+            intervals.add(step, metrics)
+            evaluates = run.eval_every and step % run.eval_every == 0
+            saves = run.save_every and step % run.save_every == 0
+            if step == run.steps or evaluates or saves:
+                intervals.flush()  # before the save: what a later kill would lose is logged again
+            if evaluates and step < run.steps:
+                scores = score(experiment, join(state.params, state.track, frozen), "validation")
+                logger.write(step, prefixed("validation", scores))
+            if saves and step < run.steps:
+                checkpoints.save(step, state)
+        checkpoints.save(run.steps, state)
+        result = finish(experiment, join(state.params, state.track, frozen), logger)
+    write_json(workdir / RESULT, result | {"seconds": time.perf_counter() - began})
     return result
 
 

@@ -111,7 +111,7 @@ def label(tree: Tree, rules: Rules, default: Any) -> Tree:
 
 
 def split(tree: Tree, roles: Tree) -> Parts:
-    """Separate a tree by role: `{a, b} -> train {a, None}, track {None, None}, freeze {None, b}`."""
+    """Separate a tree by role: `{a, b}  ->  {a, None}, {None, None}, {None, b}`."""
 
     def keep(role: str) -> Tree:
         return jax.tree.map(lambda leaf, own: leaf if own == role else None, tree, roles)
@@ -143,7 +143,9 @@ def edit(tree: Tree, rules: Sequence[tuple[str, Callable[[Tree], Tree]]], prefix
                 return function(node)
         if not isinstance(node, Mapping):
             return node
-        return {name: walk(child, f"{path}/{name}" if path else name) for name, child in node.items()}
+        return {
+            name: walk(child, f"{path}/{name}" if path else name) for name, child in node.items()
+        }
 
     return walk(tree, prefix)
 

@@ -42,7 +42,7 @@ class Term(NamedTuple):
 
     weight: float | Array
     sum: Float[Array, ""]
-    count: Float[Array, ""]
+    count: Float[Array, ""]  # type: ignore[assignment]  # a tuple has a method of this name
 
 
 Loss = dict[str, Term]

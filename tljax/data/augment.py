@@ -73,7 +73,7 @@ RAND_AUGMENT: dict[str, tuple[Range, bool, Callable[[Image.Image, float], Image.
     "contrast": ((0, 0.9), True, lambda x, s: ImageEnhance.Contrast(x).enhance(1 + s)),
     "sharpness": ((0, 0.9), True, lambda x, s: ImageEnhance.Sharpness(x).enhance(1 + s)),
     "posterize": ((8, 4), False, lambda x, s: ImageOps.posterize(x, round(s))),
-    "solarize": ((255, 0), False, ImageOps.solarize),
+    "solarize": ((255, 0), False, lambda x, s: ImageOps.solarize(x, s)),  # type: ignore[arg-type]
     "autocontrast": ((0, 0), False, lambda x, s: ImageOps.autocontrast(x)),
     "equalize": ((0, 0), False, lambda x, s: ImageOps.equalize(x)),
 }
@@ -99,7 +99,8 @@ def random_erasing(
 
     Source: Zhong et al. 2017, filled per pixel as in the MAE recipe.
     """
-    box = sample_box(*image.shape[:2], rng, scale, ratio) if rng.random() < chance else None
+    drawn = rng.random() < chance
+    box = sample_box(image.shape[0], image.shape[1], rng, scale, ratio) if drawn else None
     if box is None:
         return image
     top, left, height, width = box
@@ -175,7 +176,7 @@ class MixImages:
         alpha = self.cutmix if cut else self.mixup
         share = float(rng.beta(alpha, alpha))
         if cut:
-            rows, columns, share = _box(*image.shape[1:3], share, rng)
+            rows, columns, share = _box(image.shape[1], image.shape[2], share, rng)
             image = image.copy()
             image[:, rows, columns] = batch["image"][partner, rows, columns]
         else:
@@ -191,4 +192,4 @@ def _box(height: int, width: int, share: float, rng: Rng) -> tuple[slice, slice,
         middle, half = int(rng.integers(side)), int(side * math.sqrt(1 - share)) // 2
         spans.append(slice(max(middle - half, 0), min(middle + half, side)))
     pasted = math.prod(span.stop - span.start for span in spans)
-    return *spans, 1 - pasted / (height * width)
+    return spans[0], spans[1], 1 - pasted / (height * width)

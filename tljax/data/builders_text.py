@@ -81,25 +81,28 @@ def _letter(raw: str) -> str:
     pieces = [str(message.get("Subject", "")), "."]
     for part in message.walk():
         if part.get_content_type() in ("text/plain", "text/html"):
-            body = (part.get_payload(decode=True) or b"").decode("latin-1")
+            raw_body = part.get_payload(decode=True)
+            body = raw_body.decode("latin-1") if isinstance(raw_body, bytes) else ""
             if part.get_content_type() == "text/html":
                 body = re.sub(r"(?s)<(style|script).*?</\1>|<[^>]*>", " ", body)
             pieces.append(html.unescape(body))
     return " ".join(" ".join(pieces).split())
 
 
+_LEXICOGRAPHER_FILES = """
+adj.all adj.pert adv.all noun.Tops noun.act noun.animal noun.artifact noun.attribute noun.body
+noun.cognition noun.communication noun.event noun.feeling noun.food noun.group noun.location
+noun.motive noun.object noun.person noun.phenomenon noun.plant noun.possession noun.process
+noun.quantity noun.relation noun.shape noun.state noun.substance noun.time verb.body verb.change
+verb.cognition verb.communication verb.competition verb.consumption verb.contact verb.creation
+verb.emotion verb.motion verb.perception verb.possession verb.social verb.stative verb.weather
+adj.ppl"""
+
+
 class Wordnet(Labelled, skip_registration=True):
     """The 117,659 definitions of WordNet 3.0 without examples; label: lexicographer file."""
 
-    NAMES = tuple(
-        "adj.all adj.pert adv.all noun.Tops noun.act noun.animal noun.artifact noun.attribute "
-        "noun.body noun.cognition noun.communication noun.event noun.feeling noun.food noun.group "
-        "noun.location noun.motive noun.object noun.person noun.phenomenon noun.plant "
-        "noun.possession noun.process noun.quantity noun.relation noun.shape noun.state "
-        "noun.substance noun.time verb.body verb.change verb.cognition verb.communication "
-        "verb.competition verb.consumption verb.contact verb.creation verb.emotion verb.motion "
-        "verb.perception verb.possession verb.social verb.stative verb.weather adj.ppl".split()
-    )
+    NAMES = tuple(_LEXICOGRAPHER_FILES.split())
 
     def _pairs(self) -> Iterator[tuple[str, int]]:
         for gloss, label in _glosses():
@@ -115,7 +118,7 @@ def _glosses() -> Iterator[tuple[str, int]]:
                 yield gloss.strip(), int(head.split()[1])
 
 
-def _brown() -> Iterator[tuple[str, str, list[list[tuple[str, str]]]]]:
+def _brown() -> Iterator[tuple[str, str, list[list[tuple[str, ...]]]]]:
     """Yield (file, genre, sentences of (word, tag)); a line is a sentence."""
     root = find_asset("brown")
     for line in filter(str.strip, (root / "cats.txt").read_text().splitlines()):

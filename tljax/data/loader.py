@@ -7,7 +7,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from tljax.data.sources import Source
+from tljax.data.sources import Labels, Source
 from tljax.types import BadInput, Batch
 
 Transform = Callable[[dict, np.random.Generator], dict]
@@ -20,7 +20,7 @@ class Cached(Source):
 
     def __init__(self, parent: Source, prepare: Callable[[dict], dict] | None, limit: int):
         """Judge by the first example whether prepared, decoded or no examples fit."""
-        self._parent, self.labels = parent, parent.labels
+        self._parent = parent
         keep = lambda example: example  # noqa: E731
         prepare, raw = prepare or keep, parent[0]
         fits = [_nbytes(example) * len(parent) <= limit for example in (prepare(raw), raw)]
@@ -29,6 +29,11 @@ class Cached(Source):
 
     def __len__(self) -> int:
         return len(self._parent)
+
+    @property
+    def labels(self) -> Labels | None:  # type: ignore[override]
+        """Pass the parent's labels on."""
+        return self._parent.labels
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         if self._memory is None:

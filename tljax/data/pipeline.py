@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from tljax.config import Data
 from tljax.data.augment import AugmentImage, MixImages
@@ -69,15 +68,22 @@ class Pipeline:
             threads=self.threads,
         )
 
+    @cached_property
+    def _held_out(self) -> dict[str, Source]:
+        parts = {"validation": self.splits.validation, "test": self.splits.test}
+        return {split: cached(part, self.prepare) for split, part in parts.items()}
+
     def eval_batches(self, split: str) -> Iterator[Batch]:
         """Yield every example of the validation or test part once, padded at the end."""
-        parts = {"validation": self.splits.validation, "test": self.splits.test}
-        return self.batches_of(parts[split])
+        return self._evaluation(self._held_out[split])
 
     def batches_of(self, source: Source) -> Iterator[Batch]:
         """Yield every example of any source once, prepared as in evaluation."""
+        return self._evaluation(cached(source, self.prepare))
+
+    def _evaluation(self, source: Source) -> Iterator[Batch]:
         return eval_batches(
-            cached(source, self.prepare),
+            source,
             self.eval_transform,
             self.batch,
             process_index=jax.process_index(),
@@ -138,7 +144,7 @@ def open_pipeline(
 
 def choose_task(task: str | None, info: Info, name: str) -> str:
     """Take the task the labels imply, unless another is asked for that they can serve."""
-    able = {info.task} if info.task else set()
+    able: set[str] = {info.task} if info.task else set()
     able |= {"mlm"} if info.kind == "text" else set()
     if task is None and info.task is None:
         task = "mlm" if "mlm" in able else None
@@ -181,12 +187,13 @@ def _texts(data: Data, splits: Splits, vocabulary: Path | None, common: Any) -> 
     if vocabulary is not None:
         tokenizer = Tokenizer.from_file(vocabulary, data.length)
     else:
-        count = min(len(splits.train), VOCABULARY_TEXTS)
-        texts = (splits.train[i]["text"] for i in range(count))
+        rows = splits.train.__getitems__(range(min(len(splits.train), VOCABULARY_TEXTS)))
+        texts = (row["text"] for row in rows)
         tokenizer = train_wordpiece(texts, data.vocab, data.length)
     if common["task"] == "mlm":
-        parts = [pack(part, tokenizer, data.length) for part in splits[:3]]
-        splits, transform = Splits(*parts, Info("text")), MaskTokens.of(tokenizer)
+        train, validation, test = (pack(part, tokenizer, data.length) for part in splits[:3])
+        splits = Splits(train, validation, test, Info("text"))
+        transform = MaskTokens.of(tokenizer)
     else:
         splits, transform = encode_splits(splits, tokenizer), None
     return Pipeline(

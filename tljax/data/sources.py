@@ -103,7 +103,7 @@ class Subset(Source):
         return self.parent.__getitems__([int(self.indices[i]) for i in indices])
 
     @cached_property
-    def labels(self) -> Labels | None:
+    def labels(self) -> Labels | None:  # type: ignore[override]
         """Pick the parent's labels."""
         return None if self.parent.labels is None else self.parent.labels[self.indices]
 
@@ -142,7 +142,7 @@ class Prepared(Source):
         return values
 
     @cached_property
-    def labels(self) -> Labels | None:
+    def labels(self) -> Labels | None:  # type: ignore[override]
         """Read all labels once."""
         if self._info.task in (None, "tag"):
             return None
@@ -232,7 +232,7 @@ def open_data(
         )
     if "test" not in parts:
         parts["train"], parts["test"] = _carve(parts["train"], 0.2, seed=0)
-    if "validation" not in parts:
+    if not isinstance(validation, str):
         parts["train"], parts["validation"] = _carve(parts["train"], validation, seed)
     for part, source in parts.items():
         if len(source) == 0:
@@ -370,7 +370,7 @@ def read_table(path: Path, columns: Mapping[str, str]) -> tuple[list[dict], list
 
 def _read_info(rows: list[dict], values: list | None) -> Info:
     """Infer the task from the training labels: lists, numbers with fractions, or classes."""
-    kind = "image" if "image" in rows[0] else "text"
+    kind: Literal["image", "text"] = "image" if "image" in rows[0] else "text"
     if values is None:
         return Info(kind)
     if any(isinstance(value, list) for value in values):

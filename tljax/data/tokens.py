@@ -7,10 +7,10 @@ from typing import Self
 
 import numpy as np
 import tokenizers
-from jaxtyping import Int32, Num
+from jaxtyping import Int, Int32
 from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 
-from tljax.data.sources import Info, Source, Splits
+from tljax.data.sources import Info, Labels, Source, Splits
 from tljax.types import BadInput
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -69,17 +69,17 @@ def train_wordpiece(texts: Iterable[str], vocab_size: int, max_length: int = 128
     return Tokenizer(_bert(learner.get_vocab(), lowercase=True), max_length)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Encoded(Source):
     """A source of token ids, kept flat in memory; examples come out padded to `length`."""
 
     ids: Ids
     types: Ids
-    tags: Ids | None
-    starts: np.ndarray
-    labels: Num[np.ndarray, "n *c"] | None
+    starts: Int[np.ndarray, " n"]
     length: int
     pad: int
+    tags: Ids | None = None
+    labels: Labels | None = None
 
     def __len__(self) -> int:
         return len(self.starts) - 1
@@ -133,7 +133,8 @@ def encode_splits(splits: Splits, tokenizer: Tokenizer) -> Splits:
     """Encode all parts of a text data set to one common length, so that each step compiles once."""
     parts = [encode(part, tokenizer, splits.info) for part in splits[:3]]
     length = max(part.length for part in parts)
-    return Splits(*(replace(part, length=length) for part in parts), splits.info)
+    train, validation, test = (replace(part, length=length) for part in parts)
+    return Splits(train, validation, test, splits.info)
 
 
 def _chunks(source: Source) -> Iterator[list[dict]]:
@@ -170,8 +171,13 @@ def pack(source: Source, tokenizer: Tokenizer, length: int) -> Encoded:
     table = np.full((count, length), tokenizer.sep, np.int32)
     table[:, 0] = tokenizer.cls
     table[:, 1:-1] = joined[: count * (length - 2)].reshape(count, length - 2)
-    flat, starts = table.reshape(-1), np.arange(count + 1) * length
-    return Encoded(flat, np.zeros_like(flat), None, starts, None, length, tokenizer.pad)
+    return Encoded(
+        ids=table.reshape(-1),
+        types=np.zeros(table.size, np.int32),
+        starts=np.arange(count + 1) * length,
+        length=length,
+        pad=tokenizer.pad,
+    )
 
 
 @dataclass(frozen=True)

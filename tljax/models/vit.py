@@ -69,7 +69,7 @@ class PatchEmbed(nn.Module):
             )
         fields = {"stride": self.patch, "use_bias": True, "dtype": self.dtype}
         x = layers.Conv(self.width, self.patch, **fields, name="patch")(images)
-        cells = x.shape[1:3]
+        cells = (x.shape[1], x.shape[2])
         count = 1 + self.grid[0] * self.grid[1]
         cls = self.param("cls", layers.small_normal, (1, 1, self.width))
         pos = self.param("pos", layers.small_normal, (1, count, self.width))

@@ -1,0 +1,195 @@
+"""Which leaves each strategy trains, on shapes alone: exact sets, never counts."""
+
+import dataclasses
+
+import jax
+import numpy as np
+import optax
+import pytest
+from tiny import BERT, MLM, RESNET, VIT, abstract_tree, assemble, image_batch, text_batch
+
+from tljax.strategies import STRATEGIES, blocks_read
+from tljax.tree import flatten, join, label, matches
+from tljax.types import BadInput
+
+IMAGES, TEXTS = image_batch(), text_batch()
+
+
+def having(run, role):
+    return {path for path, own in flatten(run.roles.tree).items() if own == role}
+
+
+def paths(model, batch, *globs):
+    tree = flatten(abstract_tree(model, batch))
+    found = {path for path in tree if any(matches(glob, path) for glob in globs)}
+    assert found, f"the test itself names nothing: {globs}"
+    return found
+
+
+def test_the_six_words():
+    assert list(STRATEGIES) == ["scratch", "probe", "bitfit", "last_k", "lora", "full"]
+
+
+@pytest.mark.parametrize("name", ["scratch", "full"])
+def test_scratch_and_full_train_every_parameter(name):
+    run = assemble(VIT, IMAGES, name)
+    assert having(run, "train") == set(flatten(abstract_tree(VIT, IMAGES)))
+    assert run.roles.unread == []
+
+
+def test_scratch_ignores_the_source_and_the_others_start_from_it():
+    tree = abstract_tree(VIT, IMAGES)
+    source = (lambda tree, key: tree,)
+    for name, strategy in STRATEGIES.items():
+        assert (strategy(tree, source, None).edits[:1] == source) == (name != "scratch")
+
+
+def test_the_probe_trains_the_head_alone():
+    head = {"params/head/kernel", "params/head/bias"}
+    assert having(assemble(VIT, IMAGES, "probe"), "train") == head
+    assert having(assemble(BERT, TEXTS, "probe"), "train") == head
+
+
+@pytest.mark.parametrize(("model", "batch"), [(VIT, IMAGES), (RESNET, IMAGES)], ids=["vit", "cnn"])
+def test_bitfit_trains_every_bias_and_the_head(model, batch):
+    run = assemble(model, batch, "bitfit")
+    assert having(run, "train") == paths(model, batch, "params/**/bias", "params/head/kernel")
+
+
+def test_bitfit_leaves_biases_that_nothing_reads_frozen_and_says_so():
+    run = assemble(BERT, TEXTS, "bitfit")
+    assert run.roles.unread == ["params/pooler/bias"]  # the head reads the mean of the tokens
+    expected = paths(BERT, TEXTS, "params/**/bias", "params/head/kernel")
+    assert having(run, "train") == expected - {"params/pooler/bias"}
+
+
+def test_masked_language_modelling_trains_its_own_head():
+    run = assemble(MLM, text_batch(mlm=True), "probe", task="mlm")
+    assert having(run, "train") == paths(MLM, TEXTS, "params/mlm/**")
+    run = assemble(MLM, text_batch(mlm=True), "scratch", task="mlm")
+    assert run.roles.unread == ["params/pooler/bias", "params/pooler/kernel"]
+
+
+def test_last_k_trains_the_top_blocks_the_norm_and_the_head():
+    run = assemble(VIT, IMAGES, "last_k")  # k is 2 by default
+    top = ("params/blocks/2/**", "params/blocks/3/**", "params/norm/*", "params/head/*")
+    assert having(run, "train") == paths(VIT, IMAGES, *top)
+    run = assemble(VIT, IMAGES, "last_k", options={"k": 1})
+    assert having(run, "train") == paths(VIT, IMAGES, *top[1:])
+
+
+def test_last_k_counts_from_the_block_that_is_read():
+    below = dataclasses.replace(VIT, read="blocks/2")
+    run = assemble(below, IMAGES, "last_k")
+    top = ("params/blocks/1/**", "params/blocks/2/**", "params/norm/*", "params/head/*")
+    assert having(run, "train") == paths(VIT, IMAGES, *top)
+    assert run.roles.unread == []
+    with pytest.raises(BadInput, match="k=4 exceeds the 3 blocks"):
+        assemble(below, IMAGES, "last_k", options={"k": 4})
+
+
+def test_blocks_are_ordered_by_number_not_by_name():
+    tree = {"params": {"blocks": {str(number): {} for number in (0, 1, 10, 11, 2, 9)}}}
+    assert blocks_read(tree, "blocks/10")[-2:] == ["params/blocks/9", "params/blocks/10"]
+
+
+@pytest.mark.parametrize("name", ["scratch", "full", "bitfit"])
+def test_blocks_above_read_are_frozen_and_listed(name):
+    run = assemble(dataclasses.replace(VIT, read="blocks/1"), IMAGES, name)
+    above = paths(VIT, IMAGES, "params/blocks/2/**", "params/blocks/3/**")
+    asked = above if name != "bitfit" else {path for path in above if path.endswith("/bias")}
+    assert set(run.roles.unread) == asked
+    assert above <= having(run, "freeze")
+
+
+def test_lora_trains_query_and_value_of_every_block_and_the_head():
+    run = assemble(VIT, IMAGES, "lora", options={"rank": 2})
+    at = [f"params/blocks/{i}/attention/{name}/lora" for i in range(4) for name in ("query", "value")]
+    head = {"params/head/kernel", "params/head/bias"}
+    assert having(run, "train") == {f"{path}/{leaf}" for path in at for leaf in "ab"} | head
+    frozen = {f"{path}/{leaf}" for path in at for leaf in ("scale", "rate")}
+    assert having(run, "freeze") == set(flatten(abstract_tree(VIT, IMAGES))) - head | frozen
+
+
+def test_lora_grafts_nothing_above_read():
+    run = assemble(
+        dataclasses.replace(VIT, read="blocks/1"), IMAGES, "lora", options={"rank": 2}
+    )
+    grafted = {path.split("/")[2] for path in having(run, "train") if "/lora/" in path}
+    assert grafted == {"0", "1"}
+    assert run.roles.unread == []
+
+
+def test_lora_on_a_network_without_dense_layers_says_what_there_is():
+    with pytest.raises(BadInput, match=r"query' names no dense layer; nearest: params/head"):
+        assemble(RESNET, IMAGES, "lora")
+
+
+@pytest.mark.parametrize("name", ["probe", "bitfit", "last_k"])
+def test_statistics_of_a_frozen_backbone_are_fixed(name):
+    run = assemble(RESNET, IMAGES, name)
+    assert "batch_stats" not in run.tree
+    statistics = {path for path in flatten(run.tree) if path.startswith("fixed_stats/")}
+    assert statistics and statistics <= having(run, "freeze")
+    assert having(run, "track") == set()
+
+
+@pytest.mark.parametrize("name", ["scratch", "full"])
+def test_statistics_of_a_trained_network_are_tracked(name):
+    run = assemble(RESNET, IMAGES, name)
+    assert having(run, "track") == paths(RESNET, IMAGES, "batch_stats/**")
+    assert having(run, "freeze") == set()
+
+
+def test_fixed_statistics_stay_and_tracked_ones_move():
+    for name, moves in (("probe", False), ("full", True)):
+        run = assemble(RESNET, IMAGES, name)
+        state, frozen = run.birth(jax.random.key(0))
+        before = jax.device_get(flatten(join(state.track, frozen)))
+        for _ in range(2):
+            state, _ = run.step(state, frozen, IMAGES)
+        after = jax.device_get(flatten(join(state.track, frozen)))
+        same = [np.array_equal(before[path], after[path]) for path in before if "_stats/" in path]
+        assert not any(same) if moves else all(same)
+
+
+def test_the_users_rules_come_first():
+    user = (("params/blocks/0/norm1/*", "train"), ("params/head/bias", "freeze"))
+    run = assemble(VIT, IMAGES, "probe", user=user)
+    expected = paths(VIT, IMAGES, "params/blocks/0/norm1/*", "params/head/kernel")
+    assert having(run, "train") == expected
+
+
+def test_a_dead_rule_of_the_user_raises_with_the_nearest_path():
+    with pytest.raises(BadInput, match=r"params/blocks/4/.*matches nothing.*params/blocks/"):
+        assemble(VIT, IMAGES, "probe", user=(("params/blocks/4/norm1/scale", "train"),))
+
+
+def test_a_users_trainable_leaf_that_nothing_reads_raises():
+    with pytest.raises(BadInput, match="params/blocks/3.*does not read"):
+        below = dataclasses.replace(VIT, read="blocks/1")
+        assemble(below, IMAGES, "probe", user=(("params/blocks/3/**", "train"),))
+
+
+@pytest.mark.parametrize("name", list(STRATEGIES))
+def test_roles_are_an_optax_mask(name):
+    """`selective_transform` over the whole tree moves exactly the leaves we train."""
+    run = assemble(VIT, IMAGES, name)
+    frozen = jax.tree.map(lambda role: role != "train", run.roles.tree)
+    tx = optax.transforms.selective_transform(optax.sgd(1.0), freeze_mask=frozen)
+    zeros = jax.tree.map(lambda leaf: np.zeros(leaf.shape, np.float32), run.tree)
+    ones = jax.tree.map(np.ones_like, zeros)
+    updates, _ = tx.update(ones, tx.init(zeros), zeros)
+    moved = {path for path, update in flatten(updates).items() if np.any(update)}
+    assert moved == having(run, "train") == set(flatten(run.abstract[0].params))
+
+
+def test_a_strategys_own_rules_are_never_dead():
+    for model, batch in ((VIT, IMAGES), (BERT, TEXTS), (RESNET, IMAGES)):
+        tree = abstract_tree(model, batch)
+        for name, strategy in STRATEGIES.items():
+            if name != "lora":  # its rules name leaves that its own edit adds: seen above
+                made = strategy(tree, (), None)
+                for edit in made.edits:
+                    tree_after = edit(tree, None)
+                label(tree_after if made.edits else tree, made.roles, "freeze")
