@@ -4,6 +4,7 @@ import ast
 import re
 import subprocess
 import sys
+import tokenize
 from pathlib import Path
 
 import pytest
@@ -16,9 +17,9 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = [
     {"types"},
     {"tree"},
-    {"config", "layers", "sharding", "state"},
+    {"config", "layers", "optim", "sharding", "state"},
     {"edits", "models", "step"},
-    {"checkpoint", "data", "metrics", "objectives", "optim", "strategies", "weights"},
+    {"checkpoint", "data", "metrics", "objectives", "strategies", "weights"},
     {"evaluate", "source"},
     {"build"},
     {"train"},
@@ -35,7 +36,7 @@ DOORS = {
     "tensorflow_datasets": {"data"},
     "grain": {"data"},
     "array_record": {"data"},
-    "re": {"tree"},
+    "re": {"tree", "data"},  # data: the markup of raw corpora, never a path
     "jax.make_mesh": {"sharding"},
     "jax.sharding.Mesh": {"sharding"},
     "jax.sharding.AxisType": {"sharding", "layers"},
@@ -182,8 +183,25 @@ def test_importing_the_command_line_does_not_import_tensorflow():
     assert subprocess.run([sys.executable, "-c", words], cwd=ROOT).returncode == 0
 
 
+def lines_of_code(path: Path) -> int:
+    """Count the lines that hold code: not the blank ones, nor docstrings and comments."""
+    tree = ast.parse(path.read_text())
+    prose: set[int] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+            prose |= set(range(node.lineno, node.end_lineno + 1))
+    code: set[int] = set()
+    silent = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
+    with open(path, "rb") as file:
+        for token in tokenize.tokenize(file.readline):
+            if token.type not in silent | {tokenize.ENCODING, tokenize.ENDMARKER}:
+                code |= set(range(token.start[0], token.end[0] + 1))
+    return len(code - prose)
+
+
 def test_the_package_fits_in_a_head():
-    assert sum(len(path.read_text().splitlines()) for path in FILES) < 4000
+    """Lines of code; what explains them is not what one would want less of."""
+    assert sum(lines_of_code(path) for path in FILES) < 4000
 
 
 def test_the_step_names_no_method_model_or_dataset():

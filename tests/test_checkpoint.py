@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -15,9 +16,9 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from tljax.checkpoint import SEAL, Checkpoints, read_tree, write_json
+from tljax.checkpoint import Checkpoints, read_tree, write_json
 from tljax.state import State
-from tljax.tree import flatten
+from tljax.tree import flatten, unflatten
 from tljax.types import BadInput
 
 ROOT = Path(__file__).parent.parent
@@ -97,8 +98,6 @@ def test_the_newest_are_kept_and_a_saved_step_is_never_rewritten(run):
     assert run.steps() == [2, 3]
     assert_same(run.restore(abstract(make_state())), make_state(3, seed=3))
     assert_same(run.restore(abstract(make_state()), step=2), make_state(2, seed=2))
-    with pytest.raises(BadInput, match="has step 3, later than 1"):
-        run.save(1, make_state(1))
 
 
 def test_a_missing_step_is_named_with_those_that_exist(run):
@@ -109,13 +108,10 @@ def test_a_missing_step_is_named_with_those_that_exist(run):
         run.restore(abstract(make_state()), step=7)
 
 
-@pytest.mark.parametrize("sealed", [True, False])
-def test_partial_leftovers_are_ignored_and_cleaned(tmp_path, sealed):
+def test_partial_leftovers_are_ignored_and_cleaned(tmp_path):
     run = Checkpoints(tmp_path / "checkpoints", keep=2)
     run.save(3, make_state())
     run.close()
-    if not sealed:
-        (tmp_path / "checkpoints" / "3" / SEAL).unlink()
     partial = tmp_path / "checkpoints" / "4.orbax-checkpoint-tmp"
     (partial / "state.orbax-checkpoint-tmp").mkdir(parents=True)
     (partial / "state.orbax-checkpoint-tmp" / "manifest.ocdbt").write_bytes(b"half")
@@ -161,21 +157,27 @@ def damage(path, how):
         path.write_bytes(content[:middle] + bytes([content[middle] ^ 8]) + content[middle + 1 :])
 
 
+# Orbax gives up at the first leaf that fails, and leaves the reads of the others unawaited.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("how", ["gone", "truncated", "flipped"])
-def test_every_damaged_file_is_named_and_other_steps_survive(tmp_path, how):
+def test_a_damaged_step_is_refused_or_harmless_and_other_steps_survive(tmp_path, how):
     run = Checkpoints(tmp_path / "checkpoints", keep=2)
     run.save(3, make_state(3))
     run.save(5, make_state(5))
     run.wait()
     folder = tmp_path / "checkpoints" / "5"
-    files = [p for p in folder.rglob("*") if p.is_file() and p.name != SEAL and p.stat().st_size]
-    for path in files:
+    refused = set()
+    for path in [p for p in folder.rglob("*") if p.is_file() and p.stat().st_size]:
         kept = path.read_bytes()
         damage(path, how)
-        with pytest.raises(BadInput, match=f"(?s)step 5.*{path.name}.*another step: 3"):
-            run.restore(abstract(make_state()))
+        try:
+            assert_same(run.restore(abstract(make_state())), make_state(5))
+        except BadInput as error:
+            assert re.search("(?s)step 5.*another step: 3", str(error))
+            refused.add(str(path.relative_to(folder).parent))
         path.write_bytes(kept)
-    assert_same(run.restore(abstract(make_state())), make_state(5))
+    assert refused >= {".", "state", "state/d"}  # metadata, manifest and numbers
+    assert_same(run.restore(abstract(make_state()), step=3), make_state(3))
     run.close()
 
 
@@ -217,37 +219,36 @@ def test_a_failing_background_save_surfaces(tmp_path, monkeypatch):
     again.close()
 
 
+def frozen_file(run, digest):
+    return run.folder.parent / "frozen" / f"{digest}.safetensors"
+
+
 def test_frozen_tree_is_stored_once_and_named_by_its_content(run):
     frozen = make_tree()["frozen"]
-    digest = run.save_frozen(frozen)
-    [file] = (run.folder.parent / "frozen").iterdir()
+    file = frozen_file(run, run.save_frozen(frozen))
     stamp = file.stat().st_mtime_ns
-    assert run.save_frozen(frozen) == digest
+    assert frozen_file(run, run.save_frozen(frozen)) == file
     assert file.stat().st_mtime_ns == stamp
-    assert_same(run.load_frozen(digest, abstract(frozen)), frozen)
     other = jax.tree.map(lambda x: x + jnp.ones((), x.dtype), frozen)
-    assert run.save_frozen(other) != digest
-    assert_same(run.load_frozen(digest, abstract(frozen)), frozen)
+    assert frozen_file(run, run.save_frozen(other)) != file
+    assert bits(read_tree(file)) == bits(unflatten(flatten(frozen)))
 
 
 def test_a_tree_without_frozen_leaves_is_stored_too(run):
-    digest = run.save_frozen({"params": {"head": None}})
-    assert run.load_frozen(digest, {"params": {"head": None}}) == {"params": {"head": None}}
+    assert read_tree(frozen_file(run, run.save_frozen({"params": {"head": None}}))) == {}
 
 
 @pytest.mark.parametrize("how", ["truncated", "flipped"])
 def test_a_tampered_frozen_file_is_detected(run, how):
-    frozen = make_tree()["frozen"]
-    digest = run.save_frozen(frozen)
-    [file] = (run.folder.parent / "frozen").iterdir()
+    digest = run.save_frozen(make_tree()["frozen"])
+    run.save(3, make_state())
+    file = frozen_file(run, digest)
     damage(file, how)
     with pytest.raises(BadInput, match=f"frozen tree .*{digest}.* is damaged"):
-        run.load_frozen(digest, abstract(frozen))
-    with pytest.raises(BadInput, match="damaged"):
-        read_tree(file)
+        run.read()
     file.unlink()
     with pytest.raises(BadInput, match=r"its folder holds: \[\]"):
-        run.load_frozen(digest, abstract(frozen))
+        run.read()
 
 
 def test_a_state_trained_on_another_frozen_tree_is_refused(run):
@@ -259,14 +260,6 @@ def test_a_state_trained_on_another_frozen_tree_is_refused(run):
         run.restore(abstract(make_state()))
     run.save_frozen(frozen)
     assert_same(run.restore(abstract(make_state())), make_state())
-
-
-def test_a_frozen_tree_of_another_shape_is_refused(run):
-    frozen = make_tree()["frozen"]
-    digest = run.save_frozen(frozen)
-    del frozen["params"]["body"]
-    with pytest.raises(BadInput, match=r"params/body/kernel is bfloat16.* absent here"):
-        run.load_frozen(digest, abstract(frozen))
 
 
 def test_a_run_is_read_as_numpy_without_knowing_its_structure(tmp_path):
@@ -320,10 +313,10 @@ RESTORE_ON_ONE = """
     state, frozen = make_sharded(home)
     run = Checkpoints(folder / "checkpoints")
     assert_same(run.restore(abstract(state, home)), state)
-    assert_same(run.load_frozen(sys.argv[2], abstract(frozen, home)), frozen)
     run.close()
     found = read_tree(folder)["params"]
     assert found["head"].tobytes() == state.params["params"]["head"].tobytes()
+    assert found["body"].tobytes() == frozen["params"]["body"].tobytes()
     assert found["body"].dtype.name == "bfloat16"
 """
 
@@ -339,14 +332,13 @@ def make_sharded(sharding):
 def test_saved_on_eight_devices_restored_on_other_layouts_and_on_one(run):
     assert len(jax.devices()) == 8
     state, frozen = make_sharded(layout("fsdp"))
-    digest = run.save_frozen(frozen)
+    run.save_frozen(frozen)
     run.save(1, state)
     for kind in ("fsdp", "both", "one"):
         back = run.restore(abstract(state, layout(kind)))
-        base = run.load_frozen(digest, abstract(frozen, layout(kind)))
-        assert_same((back, base), (state, frozen))
-        assert all(x.sharding == layout(kind) for x in jax.tree.leaves((back, base)))
+        assert_same(back, state)
+        assert all(x.sharding == layout(kind) for x in jax.tree.leaves(back))
     code = textwrap.dedent(RESTORE_ON_ONE)
-    command = [sys.executable, "-W", "error", "-c", code, run.folder.parent, digest]
+    command = [sys.executable, "-W", "error", "-c", code, run.folder.parent]
     env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
     subprocess.run(command, env=env, cwd=ROOT, check=True)

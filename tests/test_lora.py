@@ -5,12 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from tiny import BERT, VIT, abstract_tree, assemble, image_batch, text_batch
+from tiny import BERT, VIT, abstract_tree, assemble, image_batch, random_tree, text_batch
 
 from tljax.edits.lora import Graft, merge, targets_of
 from tljax.layers import Dense
 from tljax.objectives import inputs_of
-from tljax.tree import flatten
+from tljax.tree import flatten, map_with_path
 from tljax.types import BadInput
 
 KEY = jax.random.key(0)
@@ -18,32 +18,28 @@ CASES = [(VIT, image_batch(4)), (BERT, text_batch(4))]
 IDS = ["vit", "bert"]
 
 
-def random_tree(model, batch, seed=1):
-    """Give every leaf random values, so that no zero hides an error."""
-    rng = np.random.default_rng(seed)
-    draw = lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(np.float32)  # noqa: E731
-    return jax.tree.map(draw, abstract_tree(model, batch))
-
-
 def grafted(tree, globs=("params/**/query", "params/**/value"), rank=4, alpha=8.0, rate=0.0):
     return Graft(tuple(targets_of(tree, globs)), rank, alpha, rate)(tree, KEY)
+
+
+def logits_of(model, batch):
+    jitted = jax.jit(lambda tree, inputs, rngs: model.apply(tree, *inputs, rngs=rngs).logits)
+    return lambda tree, **rngs: jitted(tree, inputs_of(batch), rngs)
 
 
 def with_b(tree, seed=2):
     """Move every b away from its zero."""
     rng = np.random.default_rng(seed)
     move = lambda path, leaf: (  # noqa: E731
-        rng.normal(0, 0.3, leaf.shape).astype(np.float32) if path.endswith("lora/b") else leaf
+        jnp.float32(rng.normal(0, 0.3, leaf.shape)) if path.endswith("lora/b") else leaf
     )
-    from tljax.tree import map_with_path
-
     return map_with_path(move, tree)
 
 
 @pytest.mark.parametrize(("model", "batch"), CASES, ids=IDS)
 def test_a_graft_starts_as_the_identity(model, batch):
     tree = random_tree(model, batch)
-    apply = jax.jit(lambda tree: model.apply(tree, *inputs_of(batch)).logits)
+    apply = logits_of(model, batch)
     # Bitwise: what is added is scale * x @ a @ 0.
     np.testing.assert_array_equal(apply(tree), apply(grafted(tree)))
 
@@ -52,7 +48,7 @@ def test_a_graft_starts_as_the_identity(model, batch):
 def test_the_merged_tree_gives_the_unmerged_outputs(model, batch):
     tree = with_b(grafted(random_tree(model, batch), ("params/blocks/**",)))
     folded = merge(tree)
-    apply = jax.jit(lambda tree: model.apply(tree, *inputs_of(batch)).logits)
+    apply = logits_of(model, batch)
     base = apply(random_tree(model, batch))
     unmerged, merged = apply(tree), apply(folded)
     scale = np.abs(unmerged).max()
@@ -63,7 +59,7 @@ def test_the_merged_tree_gives_the_unmerged_outputs(model, batch):
 
 
 def test_one_merged_layer_is_exact_to_rounding():
-    layer, x = Dense(24), np.random.default_rng(0).normal(size=(5, 7, 16)).astype(np.float32)
+    layer, x = Dense(24), jnp.float32(np.random.default_rng(0).normal(size=(5, 7, 16)))
     tree = with_b(grafted({"params": {"only": layer.init(KEY, x)["params"]}}, ("params/only",)))
     unmerged = layer.apply({"params": tree["params"]["only"]}, x)
     merged = layer.apply({"params": merge(tree)["params"]["only"]}, x)
@@ -72,8 +68,7 @@ def test_one_merged_layer_is_exact_to_rounding():
 
 def test_merging_into_bfloat16_rounds_once():
     """Folded in float32: kernel + scale * a @ b, then one rounding to the kernel's dtype."""
-    tree = with_b(grafted({"params": {"only": {"kernel": np.ones((16, 16), np.float32)}}},
-                          ("params/only",)))  # fmt: skip
+    tree = with_b(grafted({"params": {"only": {"kernel": jnp.ones((16, 16))}}}, ("params/only",)))
     exact = merge(tree)["params"]["only"]["kernel"]
     half = {"only": tree["params"]["only"] | {"kernel": jnp.ones((16, 16), jnp.bfloat16)}}
     folded = merge(half)["only"]["kernel"]
@@ -107,10 +102,10 @@ def test_gradients_and_steps_equal_torch(name):
     import torch
 
     rng = np.random.default_rng(0)
-    x, target = (rng.normal(size=(32, size)).astype(np.float32) for size in (12, 9))
+    x, target = (jnp.float32(rng.normal(size=(32, size))) for size in (12, 9))
     layer = Dense(9)
     params = jax.tree.map(
-        lambda leaf: rng.normal(0, 0.5, leaf.shape).astype(np.float32),
+        lambda leaf: jnp.float32(rng.normal(0, 0.5, leaf.shape)),
         dict(layer.init(KEY, x)["params"]),
     )
     tree = with_b(grafted({"params": {"only": params}}, ("params/only",), rank=3, alpha=6.0))
@@ -130,7 +125,8 @@ def test_gradients_and_steps_equal_torch(name):
         return jnp.mean(jnp.square(y - target))
 
     ours = {"a": lora["a"], "b": lora["b"]}
-    theirs = torch_lora(x, target, params["kernel"], params["bias"], *ours.values(), 2.0, optimizer, 10)
+    arrays = map(np.array, (x, target, params["kernel"], params["bias"], *ours.values()))
+    theirs = torch_lora(*arrays, 2.0, optimizer, 10)
     first, state = jax.grad(loss)(ours), tx.init(ours)
     for _ in range(10):
         updates, state = tx.update(jax.grad(loss)(ours), state, ours)
@@ -164,12 +160,11 @@ def test_dropout_acts_in_training_alone():
     batch = image_batch(4)
     tree = with_b(grafted(random_tree(VIT, batch), rate=0.5))
     clean = with_b(grafted(random_tree(VIT, batch), rate=0.0))
-    run = jax.jit(lambda tree, key: VIT.apply(tree, batch["image"], rngs={"dropout": key}).logits)
-    still = jax.jit(lambda tree: VIT.apply(tree, batch["image"]).logits)
-    np.testing.assert_array_equal(still(tree), still(clean))
-    assert np.abs(run(tree, KEY) - still(tree)).max() > 1e-3
-    # The rate is data: at zero the same program drops nothing.
-    np.testing.assert_allclose(run(clean, KEY), still(clean), rtol=1e-5, atol=1e-5)
+    apply = logits_of(VIT, batch)
+    np.testing.assert_array_equal(apply(tree), apply(clean))
+    assert np.abs(apply(tree, dropout=KEY) - apply(tree)).max() > 1e-3
+    # The rate is data: at zero the same program drops nothing; 1e-5 is another fusion's rounding.
+    np.testing.assert_allclose(apply(clean, dropout=KEY), apply(clean), rtol=1e-5, atol=1e-5)
 
 
 def test_a_rank_above_the_kernel_raises():

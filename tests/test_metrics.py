@@ -18,7 +18,6 @@ from jax.sharding import PartitionSpec as P
 
 from tljax import metrics
 from tljax.metrics import Logger, entities, score
-from tljax.types import BadInput
 
 NAMES = ["O", "B-PER", "I-PER", "B-LOC", "I-LOC"]
 
@@ -122,7 +121,7 @@ def test_entity_f1_counts_exact_spans_only():
     label, guess = rows("B-PER - I-PER O"), rows("B-PER B-LOC I-PER O")
     found = score("tag", {"prediction": guess, "label": label}, NAMES)
     assert found == {"entity_f1": 1.0, "token_accuracy": 1.0}
-    assert metrics.primary("tag", found)[0] == "entity_f1"
+    assert metrics.primary("tag", found) == "entity_f1"
 
 
 def test_tags_that_are_not_bio_have_no_entities():
@@ -138,14 +137,9 @@ def test_mlm_divides_sums_by_masked_tokens():
     }
     found = score("mlm", rows)
     assert found == {"nll": 2.0, "accuracy": 0.75, "perplexity": pytest.approx(math.exp(2))}
-    assert metrics.primary("mlm", found) == ("nll", -2.0)
+    assert metrics.primary("mlm", found) == "nll"
     rows["loss"] = np.array([1e6, 0, 0], np.float32)
     assert score("mlm", rows)["perplexity"] == math.inf
-
-
-def test_an_unknown_task_names_the_known_ones():
-    with pytest.raises(BadInput, match=r"'classfy'.*mlm.*nearest|nearest.*classify"):
-        score("classfy", {})
 
 
 @pytest.mark.parametrize(("successes", "trials"), [(0, 5), (5, 5), (37, 50), (9870, 10000)])
@@ -175,7 +169,8 @@ def test_bootstrap_agrees_with_scipy_and_depends_on_the_seed_alone(numbers):
 
 
 def test_bootstrap_covers_as_often_as_it_says(numbers):
-    means = [metrics.bootstrap(numbers.normal(size=60), np.mean, seed=i, n=400) for i in range(300)]
+    samples = [[numbers.normal(size=60)] for _ in range(300)]
+    means = [metrics.bootstrap(x, np.mean, seed=i, n=400) for i, x in enumerate(samples)]
     covered = np.mean([low < 0 < high for low, high in means])
     assert 0.90 < covered < 0.98  # 95 %, three standard errors of 300 trials are 3.8 %
 

@@ -6,8 +6,20 @@ import jax
 import numpy as np
 import optax
 import pytest
-from tiny import BERT, MLM, RESNET, VIT, abstract_tree, assemble, image_batch, text_batch
+from tiny import (
+    BERT,
+    MLM,
+    RESNET,
+    VIT,
+    abstract_tree,
+    assemble,
+    compiled,
+    image_batch,
+    one_device,
+    text_batch,
+)
 
+from tljax.sharding import put_batch
 from tljax.strategies import STRATEGIES, blocks_read
 from tljax.tree import flatten, join, label, matches
 from tljax.types import BadInput
@@ -104,7 +116,8 @@ def test_blocks_above_read_are_frozen_and_listed(name):
 
 def test_lora_trains_query_and_value_of_every_block_and_the_head():
     run = assemble(VIT, IMAGES, "lora", options={"rank": 2})
-    at = [f"params/blocks/{i}/attention/{name}/lora" for i in range(4) for name in ("query", "value")]
+    layers = [f"{i}/attention/{name}" for i in range(4) for name in ("query", "value")]
+    at = [f"params/blocks/{layer}/lora" for layer in layers]
     head = {"params/head/kernel", "params/head/bias"}
     assert having(run, "train") == {f"{path}/{leaf}" for path in at for leaf in "ab"} | head
     frozen = {f"{path}/{leaf}" for path in at for leaf in ("scale", "rate")}
@@ -112,9 +125,7 @@ def test_lora_trains_query_and_value_of_every_block_and_the_head():
 
 
 def test_lora_grafts_nothing_above_read():
-    run = assemble(
-        dataclasses.replace(VIT, read="blocks/1"), IMAGES, "lora", options={"rank": 2}
-    )
+    run = assemble(dataclasses.replace(VIT, read="blocks/1"), IMAGES, "lora", options={"rank": 2})
     grafted = {path.split("/")[2] for path in having(run, "train") if "/lora/" in path}
     assert grafted == {"0", "1"}
     assert run.roles.unread == []
@@ -145,9 +156,10 @@ def test_fixed_statistics_stay_and_tracked_ones_move():
     for name, moves in (("probe", False), ("full", True)):
         run = assemble(RESNET, IMAGES, name)
         state, frozen = run.birth(jax.random.key(0))
+        step = compiled(run, IMAGES)
         before = jax.device_get(flatten(join(state.track, frozen)))
         for _ in range(2):
-            state, _ = run.step(state, frozen, IMAGES)
+            state, _ = step(state, frozen, put_batch(IMAGES, one_device()))
         after = jax.device_get(flatten(join(state.track, frozen)))
         same = [np.array_equal(before[path], after[path]) for path in before if "_stats/" in path]
         assert not any(same) if moves else all(same)
@@ -166,7 +178,7 @@ def test_a_dead_rule_of_the_user_raises_with_the_nearest_path():
 
 
 def test_a_users_trainable_leaf_that_nothing_reads_raises():
-    with pytest.raises(BadInput, match="params/blocks/3.*does not read"):
+    with pytest.raises(BadInput, match=r"params/blocks/3.*does not read"):
         below = dataclasses.replace(VIT, read="blocks/1")
         assemble(below, IMAGES, "probe", user=(("params/blocks/3/**", "train"),))
 

@@ -16,11 +16,9 @@ from tljax.models.vit import ViT
 from tljax.state import Roles, State, apply_edits, assign_roles, make_birth
 from tljax.step import make_step
 from tljax.strategies import STRATEGIES
-from tljax.tree import split
+from tljax.tree import map_with_path, split
 
-VIT = ViT(
-    width=32, depth=4, heads=2, mlp=64, patch=4, grid=(2, 2), layer_scale=0.5, num_classes=3
-)
+VIT = ViT(width=32, depth=4, heads=2, mlp=64, patch=4, grid=(2, 2), layer_scale=0.5, num_classes=3)
 BERT = Bert(vocab=40, width=32, depth=2, heads=2, mlp=64, positions=8, num_classes=3)
 MLM = dataclasses.replace(BERT, num_classes=None, mlm=True)
 RESNET = ResNet(stages=(1, 1), width=8, stem="small", num_classes=3)
@@ -33,17 +31,21 @@ def image_batch(examples: int = 16, size: int = 8, classes: int = 3) -> dict[str
 
 
 def text_batch(examples: int = 16, length: int = 8, mlm: bool = False) -> dict[str, np.ndarray]:
-    """Texts of unequal length; for mlm, the share of predicted tokens grows from row to row."""
+    """Texts of unequal length; for mlm, microbatches of every fourth row predict unequal shares."""
     rng = np.random.default_rng(0)
     ids = rng.integers(0, BERT.vocab, (examples, length)).astype(np.int32)
     mask = np.arange(length) < rng.integers(2, length + 1, (examples, 1))
-    predicted = mask & (rng.random(ids.shape) < np.linspace(0.1, 0.9, examples)[:, None])
+    share = np.linspace(0.1, 0.9, 4)[np.arange(examples) % 4]
+    predicted = mask & (rng.random(ids.shape) < share[:, None])
     return {
         "input_ids": ids,
         "attention_mask": mask.astype(np.int32),
         "token_type_ids": (np.arange(length) >= 4).astype(np.int32) + 0 * ids,
         "label": np.where(predicted, ids, -1) if mlm else np.arange(examples, dtype=np.int32) % 3,
     }
+
+
+QUICK = {"xla_backend_optimization_level": 0}
 
 
 class Run(NamedTuple):
@@ -64,6 +66,17 @@ def one_device() -> sharding.Mesh:
     return jax.make_mesh((1, 1, 1), sharding.AXES, axis_types=kinds, devices=jax.devices()[:1])
 
 
+def random_tree(model: Any, batch: Any, seed: int = 1) -> Any:
+    """Give every leaf random values of a sensible size, so that no zero hides an error."""
+    rng = np.random.default_rng(seed)
+
+    def draw(path: str, leaf: Any) -> jax.Array:
+        near = 1.0 if path.rsplit("/", 1)[-1] in ("scale", "gamma", "var") else 0.0
+        return jnp.asarray(near + rng.normal(0, 0.1, leaf.shape), jnp.float32)
+
+    return map_with_path(draw, abstract_tree(model, batch))
+
+
 def abstract_tree(model: Any, batch: Any) -> Any:
     return jax.eval_shape(partial(init_model, model, batch), jax.random.key(0))
 
@@ -71,7 +84,7 @@ def abstract_tree(model: Any, batch: Any) -> Any:
 def assemble(
     model: Any,
     batch: Any,
-    name: str,
+    word: str,
     *,
     task: str = "classify",
     mesh: sharding.Mesh | None = None,
@@ -85,7 +98,7 @@ def assemble(
 ) -> Run:
     key, mesh = jax.random.key(0), mesh or one_device()
     init = partial(init_model, model, batch)
-    strategy = STRATEGIES[name](jax.eval_shape(init, key), source, model.read, **(options or {}))
+    strategy = STRATEGIES[word](jax.eval_shape(init, key), source, model.read, **(options or {}))
     tree = jax.eval_shape(lambda key: apply_edits(strategy.edits, init(key), key), key)
     objective = objectives.add(objectives.make_objective(task, model), *extra)
     objective = sharding.under(mesh, objective) if ambient else objective
@@ -101,3 +114,12 @@ def assemble(
     return Run(
         roles, specs, shardings, partial(born, strategy.edits), abstract, step, objective, tree
     )
+
+
+def compiled(run: Run, batch: Any) -> Any:
+    """Compile a step ahead of time, quickly: compiling is all that tests of tiny models take."""
+
+    def place(leaf: np.ndarray) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=run.shardings.batch)
+
+    return run.step.lower(*run.abstract, jax.tree.map(place, batch)).compile(QUICK)

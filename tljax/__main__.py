@@ -52,13 +52,15 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def overrides_of(rest: Sequence[str], parser: argparse.ArgumentParser) -> dict[str, str]:
+def overrides_of(rest: Sequence[str], verb: str, parser: argparse.ArgumentParser) -> dict[str, str]:
     """Read --config.KEY=VALUE arguments; anything else unknown ends the program."""
     found = {}
     for word in rest:
         key, equals, value = word.removeprefix("--config.").partition("=")
         if not word.startswith("--config.") or not equals:
             parser.error(f"unknown argument {word}; a config key is set by --config.KEY=VALUE")
+        if verb not in ("train", "inspect"):
+            parser.error(f"{word}: {verb} reads the config that the run was trained with")
         found[key] = value
     return found
 
@@ -96,13 +98,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns 0, or 2 for bad input."""
     parser = make_parser()
     arguments, rest = parser.parse_known_args(argv)
-    overrides = overrides_of(rest, parser)
+    overrides = overrides_of(rest, arguments.verb, parser)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     from tljax.types import BadInput
 
     try:
         run(arguments, overrides)
-    except BadInput as error:
+    except (BadInput, OSError) as error:  # an OSError names its file: no permission, disk full
         if arguments.debug:
             raise
         print(f"tljax: {error}", file=sys.stderr)

@@ -3,8 +3,10 @@
 import ast
 import inspect
 import runpy
+import traceback
 import typing
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
@@ -33,6 +36,7 @@ from tljax.weights import Source
 MODELS: dict[str, type[nn.Module]] = {"vit": ViT, "resnet": ResNet, "bert": Bert}
 DECIDED = {"parent", "name", "dtype", "num_classes", "mlm", "tokens", "tree", "source"}
 """Arguments that the data, the task or the build decide: no option of a config."""
+CHANCES = {"dropout", "drop_path"}
 
 
 def pick(table: Mapping[str, Any], name: str, what: str) -> Any:
@@ -55,8 +59,18 @@ def check_options(function: Callable[..., Any], options: Mapping[str, Any], wher
         except ValidationError as error:
             reason = error.errors()[0]["msg"]
             raise BadInput(f"{where}.{name}: {reason} (given {value!r})") from None
-        if isinstance(value, int | float) and value < 0:
-            raise BadInput(f"{where}.{name} must not be negative (given {value!r})")
+        check_range(name, value, hints.get(name), where)
+
+
+def check_range(name: str, value: Any, hint: Any, where: str) -> None:
+    """Refuse negative numbers, a size of zero, and a chance of one or more; raises BadInput."""
+    numbers = [x for x in np.atleast_1d(value) if isinstance(x, int | float | np.number)]
+    counts = hint in (int, tuple[int, ...], tuple[int, int])
+    if any(number < counts for number in numbers):
+        bound = "be at least 1" if counts else "not be negative"
+        raise BadInput(f"{where}.{name} must {bound} (given {value!r})")
+    if name in CHANCES and value >= 1:
+        raise BadInput(f"{where}.{name} is a probability below 1 (given {value!r})")
 
 
 def read_config(place: str, overrides: Mapping[str, str]) -> Config:
@@ -69,10 +83,7 @@ def read_config(place: str, overrides: Mapping[str, str]) -> Config:
     if not Path(path).is_file():
         near = nearest(path, [str(other) for other in Path(path).parent.glob("*.py")])
         raise BadInput(f"no config file {path}; nearest: {near}")
-    function = runpy.run_path(path).get("get_config")
-    if function is None:
-        raise BadInput(f"{path} has no get_config()")
-    values = (function(word) if word else function()).to_dict()
+    values = run_config(path, (word,) if word else ())
     for dotted, text in overrides.items():
         *parents, name = dotted.split(".")
         section = values
@@ -82,6 +93,36 @@ def read_config(place: str, overrides: Mapping[str, str]) -> Config:
                 raise BadInput(f"config key {dotted}: {parent} is a value, not a section")
         section[name] = literal(text)
     return parse(values)
+
+
+def run_config(path: str, words: tuple[str, ...]) -> dict[str, Any]:
+    """Run a config file and return what its `get_config` gives, as plain values.
+
+    Raises: BadInput for a file that fails, or whose get_config is missing or takes no such word.
+    """
+    with blame(path):
+        function = runpy.run_path(path).get("get_config")
+    if function is None:
+        raise BadInput(f"{path} has no get_config(); a config file defines one")
+    if words and not inspect.signature(function).parameters:
+        raise BadInput(f"{path}: its get_config() takes no word, but {words[0]!r} is given")
+    with blame(path):
+        values = function(*words)
+    if not hasattr(values, "to_dict"):
+        raise BadInput(
+            f"{path}: get_config must return a ConfigDict, not a {type(values).__name__}"
+        )
+    return dict(values.to_dict())
+
+
+@contextmanager
+def blame(path: str) -> Iterator[None]:
+    """Turn whatever a user's own program raises into BadInput that names its line."""
+    try:
+        yield
+    except Exception as error:
+        line = traceback.extract_tb(error.__traceback__)[-1].lineno
+        raise BadInput(f"{path}, line {line}: {type(error).__name__}: {error}"[:400]) from error
 
 
 def literal(text: str) -> Any:
@@ -171,11 +212,8 @@ def load_edit(source: Source, abstract: Tree, labels: Any) -> tuple[tuple[Edit, 
     return (edit,), report
 
 
-def build(config: Config) -> Experiment:
-    """Decide and check everything a run needs; raises BadInput before anything is compiled."""
-    mesh = sharding.make_mesh(**config.mesh.model_dump())
-    sharding.check_batch(config.run.batch, mesh, config.run.microbatches)
-    pick(STRATEGIES, config.strategy.name, "strategy")
+def open_parts(config: Config) -> tuple[Source | None, Pipeline]:
+    """Open the weights and the data of a config, which several experiments may share."""
     source = open_source(config.weights) if config.weights else None
     pipeline = open_pipeline(
         config.data,
@@ -186,6 +224,15 @@ def build(config: Config) -> Experiment:
         threads=config.run.threads,
         seed=config.seed,
     )
+    return source, pipeline
+
+
+def build(config: Config, parts: tuple[Source | None, Pipeline] | None = None) -> Experiment:
+    """Decide and check everything a run needs; raises BadInput before anything is compiled."""
+    mesh = sharding.make_mesh(**config.mesh.model_dump())
+    sharding.check_batch(config.run.batch, mesh, config.run.microbatches)
+    pick(STRATEGIES, config.strategy.name, "strategy")
+    source, pipeline = parts or open_parts(config)
     task = pipeline.task
     model, facts = make_model(config, source, pipeline)
     batch = pipeline.example_batch()
@@ -200,9 +247,9 @@ def build(config: Config) -> Experiment:
     if config.run.ema:
         objective = objectives.average(objective, config.run.ema ** (1 / config.run.microbatches))
     roles = assign_roles(tree, config.roles, strategy.roles, objective, batch, key)
-    parts = split(tree, roles.tree)
+    trainable = split(tree, roles.tree).train
     optimizer = config.optim.model_dump() | {"steps": config.run.steps, "groups": strategy.groups}
-    tx = optim.make_tx(parts.train, **optimizer)
+    tx = optim.make_tx(trainable, **optimizer)
     birth = make_birth(init, roles.tree, tx, jnp.dtype(config.precision.compute))
     abstract = jax.eval_shape(birth, strategy.edits, key)
     specs = sharding.specs(tree, mesh, config.specs)
@@ -252,7 +299,7 @@ def make_strategy(
 def make_shardings(
     mesh: sharding.Mesh, specs: Tree, roles: Tree, tx: Any, state: State
 ) -> Shardings:
-    """Give state, frozen tree, batch and scalars their places; optimizer leaves follow parameters."""
+    """Give state, frozen tree, batch and scalars their places; optimizer leaves follow theirs."""
     scalar = sharding.on(mesh, sharding.REPLICATED)
     parts = split(sharding.on(mesh, specs), roles)
     opt = optimizer_specs(tx, state.opt, parts.train, scalar)

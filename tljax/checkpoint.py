@@ -1,7 +1,6 @@
 """What a run keeps on disk, and the only place of orbax.
 
 run/checkpoints/<step>/              the state, by orbax: a temporary folder, renamed when complete
-run/checkpoints/<step>/files.json    size and checksum of every file, so that damage has a name
 run/frozen/<digest>.safetensors      what never moves: written once, named by its content
 """
 
@@ -9,8 +8,8 @@ import contextlib
 import hashlib
 import json
 import os
-import zlib
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,8 @@ import safetensors.numpy
 from jax.experimental import multihost_utils
 from orbax.checkpoint.checkpoint_managers import LatestN
 
-from tljax.tree import flatten, join, map_with_path, nearest, unflatten
+from tljax.tree import flatten, join, nearest, unflatten
 from tljax.types import BadInput, Tree
-
-SEAL = "files.json"
 
 
 class Checkpoints:
@@ -47,7 +44,6 @@ class Checkpoints:
             self.folder, item_handlers=handlers, item_names=("state",), options=options
         )
         self._frozen: str | None = None
-        self._unsealed: Path | None = None
 
     def steps(self) -> list[int]:
         """List the complete steps, oldest first."""
@@ -60,23 +56,14 @@ class Checkpoints:
     def save(self, step: int, state: Any) -> None:
         """Write the state in the background; a step that is already saved stays as it is.
 
-        Raises: BadInput for a step before the newest one, and whatever made the last save fail.
+        Raises: whatever made the last save fail.
         """
-        self.wait()
-        newest = self.latest()
-        if newest is not None and step < newest:
-            raise BadInput(f"{self.folder} has step {newest}, later than {step}: resume from it")
-        if step != newest:
-            args = ocp.args.Composite(state=ocp.args.StandardSave(state))
-            self._manager.save(step, args=args, custom_metadata={"frozen": self._frozen})
-            self._unsealed = self.folder / str(step)
+        args = ocp.args.Composite(state=ocp.args.StandardSave(state))
+        self._manager.save(step, args=args, custom_metadata={"frozen": self._frozen})
 
     def wait(self) -> None:
         """Block until the save in progress is complete; raises what made it fail."""
-        unsealed, self._unsealed = self._unsealed, None
         self._manager.wait_until_finished()
-        if unsealed and jax.process_index() == 0:
-            write_json(unsealed / SEAL, _checksums(unsealed))
 
     def close(self) -> None:
         """Finish the save in progress and stop the threads behind it."""
@@ -109,27 +96,13 @@ class Checkpoints:
 
     def save_frozen(self, tree: Tree) -> str:
         """Write the frozen leaves once, whole or not at all, and return their digest."""
-        content = safetensors.numpy.save({k: _on_host(leaf) for k, leaf in flatten(tree).items()})
+        leaves = multihost_utils.process_allgather(flatten(tree), tiled=True)
+        content = safetensors.numpy.save(leaves)
         self._frozen = hashlib.sha256(content).hexdigest()[:32]
         if not (path := self._frozen_file(self._frozen)).exists():
             _write(path, content)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("frozen tree saved")
+        multihost_utils.sync_global_devices("frozen tree saved")
         return self._frozen
-
-    def load_frozen(self, digest: str, abstract: Tree) -> Tree:
-        """Read the frozen leaves onto the shardings of `abstract`; its holes stay holes.
-
-        Raises: BadInput if the file is missing, differs from its digest or from `abstract`.
-        """
-        leaves = _load_verified(self._frozen_file(digest))
-        _require_equal(unflatten(leaves), abstract)
-        self._frozen = digest
-
-        def place(path: str, leaf: Any) -> jax.Array:
-            return jax.make_array_from_callback(leaf.shape, leaf.sharding, leaves[path].__getitem__)
-
-        return map_with_path(place, abstract)
 
     def _frozen_file(self, digest: str) -> Path:
         return self.folder.parent / "frozen" / f"{digest}.safetensors"
@@ -144,7 +117,6 @@ class Checkpoints:
             raise BadInput(f"no checkpoint of step {step} in {self.folder}; saved steps: {others}")
         folder = self.folder / str(found)
         try:
-            _require_undamaged(folder)
             metadata = self._manager.metadata(found)
             yield found, metadata.item_metadata["state"].tree, metadata.custom_metadata["frozen"]
         except Exception as error:  # tensorstore raises a bare Exception with a page of text
@@ -170,7 +142,12 @@ def read_tree(path: str | Path) -> Tree:
 
 def write_json(path: str | Path, content: Any) -> None:
     """Write a document whole or not at all; of several processes the first one writes."""
-    _write(Path(path), f"{json.dumps(content, indent=2)}\n".encode())
+    write_text(path, f"{json.dumps(content, indent=2)}\n")
+
+
+def write_text(path: str | Path, content: str) -> None:
+    """Write a text whole or not at all; of several processes the first one writes."""
+    _write(Path(path), content.encode())
 
 
 def _write(path: Path, content: bytes) -> None:
@@ -184,27 +161,13 @@ def _write(path: Path, content: bytes) -> None:
         os.replace(temporary, path)
 
 
-def _checksums(folder: Path) -> dict[str, str]:
-    files = [file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != SEAL]
-    contents = ((str(file.relative_to(folder)), file.read_bytes()) for file in files)
-    return {name: f"{len(data)} bytes, crc32 {zlib.crc32(data):08x}" for name, data in contents}
-
-
-def _require_undamaged(folder: Path) -> None:
-    if (folder / SEAL).exists():  # absent after a kill right after the rename: orbax checks alone
-        found = _checksums(folder)
-        for name, written in json.loads((folder / SEAL).read_text()).items():
-            if found.get(name) != written:
-                raise BadInput(f"{name} is {found.get(name, 'missing')}; written were {written}")
-
-
 def _require_equal(stored: Tree, wanted: Any) -> None:
     """Compare leaf by leaf: orbax alone would cast a leaf of another dtype in silence."""
 
     def kinds(tree: Any) -> dict[str, str]:
         leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-        name = {path: jax.tree_util.keystr(path, simple=True, separator="/") for path, _ in leaves}
-        return {name[path]: f"{np.dtype(leaf.dtype)}{list(leaf.shape)}" for path, leaf in leaves}
+        name = partial(jax.tree_util.keystr, simple=True, separator="/")
+        return {name(path): f"{np.dtype(leaf.dtype)}{list(leaf.shape)}" for path, leaf in leaves}
 
     have, want = kinds(stored), kinds(wanted)
     for name in sorted(want.keys() | have.keys()):
@@ -213,12 +176,6 @@ def _require_equal(stored: Tree, wanted: Any) -> None:
                 f"does not fit this run: {name} is {have.get(name, 'absent')} on disk and"
                 f" {want.get(name, 'absent')} here; nearest on disk: {nearest(name, have)}"
             )
-
-
-def _on_host(leaf: Any) -> np.ndarray:
-    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
-        leaf = multihost_utils.process_allgather(leaf, tiled=True)
-    return np.require(jax.device_get(leaf), requirements="C")
 
 
 def _load_verified(path: Path) -> dict[str, np.ndarray]:

@@ -5,15 +5,24 @@ A config file names only what differs from these defaults.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from tljax.tree import nearest
 from tljax.types import BadInput
+
+
+def _whole_or_share(value: int | float) -> int | float:
+    if isinstance(value, float) and value >= 1:
+        raise ValueError("Input should be a whole number, or a share below 1")
+    return value
+
 
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Amount = Annotated[int | float, Field(gt=0), AfterValidator(_whole_or_share)]
+Share = Annotated[float, Field(gt=0, le=1)]
 
 
 class Section(BaseModel):
@@ -36,9 +45,10 @@ class Named(BaseModel):
 class Augment(Section):
     """Random changes of training images; each is off by default."""
 
-    crop_scale: tuple[float, float] | None = None  # area range of a random resized crop (fraction)
+    crop_scale: tuple[Share, Share] | None = None  # area range of a random resized crop (fraction)
     flip: bool = False  # horizontal, with probability 1/2
-    randaugment: tuple[int, int] | None = None  # (operations, magnitude of 0 to 30)
+    randaugment: tuple[Count, Annotated[int, Field(ge=0, le=30)]] | None = None
+    # (operations, magnitude)
     erase: Fraction = 0.0  # probability of random erasing
     mixup: Rate = 0.0  # alpha of the Beta distribution; labels become soft
     cutmix: Rate = 0.0  # alpha; with both, one of the two is drawn for each batch
@@ -50,11 +60,11 @@ class Data(Section):
 
     name: str
     labels: Positive | None = None  # label budget: this many training examples, stratified, nested
-    validation: Annotated[int, Field(gt=0)] | Annotated[float, Field(gt=0, lt=1)] = 0.1
+    validation: Amount = 0.1  # training examples carved out: a number, or a share below 1
     test: str = "test"
     columns: dict[str, str] = {}  # for text files: {"text": ..., "text_b": ..., "label": ...}
     image_size: Positive = 224  # pixels
-    length: Positive = 128  # tokens, at most
+    length: Annotated[int, Field(ge=3)] = 128  # tokens, at most, [CLS] and [SEP] among them
     vocab: Positive = 8192  # WordPiece entries, when no pretrained tokenizer is given
     augment: Augment = Augment()
     seed: Count = 0  # of the validation split and the label budget
@@ -121,9 +131,12 @@ class Config(Section):
     seed: Count = 0
 
     @model_validator(mode="after")
-    def _has_a_model(self) -> "Config":
+    def _fits_together(self) -> "Config":
         if self.weights is None and "name" not in self.model:
             raise ValueError("give weights, or model.name to start from random initialisation")
+        low, high = self.data.augment.crop_scale or (1.0, 1.0)
+        if low > high:
+            raise ValueError(f"data.augment.crop_scale is (low, high), given ({low}, {high})")
         if self.optim.warmup >= self.run.steps and self.optim.warmup > 0:
             raise ValueError(
                 f"optim.warmup ({self.optim.warmup} steps) must be shorter than run.steps"
@@ -165,5 +178,6 @@ def parse(values: dict[str, Any]) -> Config:
             else:
                 given = "" if item["type"] == "missing" else f" (given {item['input']!r})"
                 where = f"{place}: " if place else ""
-                lines.append(f"{where}{item['msg']}"[:200] + (given if place else ""))
+                reason = item["msg"].removeprefix("Value error, ")
+                lines.append((f"{where}{reason}" + (given if place else ""))[:300])
         raise BadInput("config: " + "\n  ".join(lines)) from None

@@ -9,9 +9,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from tljax.build import Experiment, build
+from tljax.build import Experiment, build, open_parts
 from tljax.checkpoint import write_json
-from tljax.config import parse
+from tljax.config import Config, parse
 from tljax.metrics import mean_interval
 from tljax.optim import with_lr
 from tljax.state import State
@@ -21,13 +21,14 @@ from tljax.types import BadInput, Tree
 
 RATES = {
     "scratch": (3e-4, 1e-3),
-    "probe": (3e-3, 1e-2),
-    "bitfit": (1e-3, 3e-3),
-    "lora": (1e-3, 3e-3),
+    "probe": (1e-2, 3e-2),
+    "bitfit": (3e-3, 1e-2),
+    "lora": (3e-3, 1e-2),
     "last_k": (3e-4, 1e-3),
     "full": (1e-4, 3e-4),
 }
 """Two learning rates to choose from on validation: the same number of trials for every strategy."""
+OPTIONS = {"last_k": {"head_rate": 10.0}, "full": {"head_rate": 10.0}}
 QUICK = ("probe",)  # strategies cheap enough for three seeds
 
 
@@ -75,19 +76,22 @@ FALLBACK = Job(
 )
 
 
-def make(job: Job, strategy: str, steps: int) -> Experiment:
-    """Build the experiment of one cell."""
+def configure(job: Job, strategy: str, fast: bool) -> Config:
+    """Return the config of one cell: the job's, with the strategy's options."""
+    steps = 4 if fast else job.steps
     run = {"steps": steps, "batch": 32}
     optim = {"decay": 0.01, "warmup": steps // 10}
-    values = {**job.base, "strategy": {"name": strategy}, "run": run, "optim": optim}
-    return build(parse(values))
+    chosen = {"name": strategy} | OPTIONS.get(strategy, {})
+    data = job.base["data"] | ({"test": "test[:256]", "validation": 64} if fast else {})
+    return parse({**job.base, "data": data, "strategy": chosen, "run": run, "optim": optim})
 
 
 def fit(
     experiment: Experiment, compiled: jax.stages.Compiled, lr: float, steps: int, seed: int = 0
 ) -> Tree:
     """Train for some steps at one learning rate and return the whole tree."""
-    experiment = replace(experiment, data=replace(experiment.data, seed=seed))
+    if seed != experiment.data.seed:
+        experiment = replace(experiment, data=replace(experiment.data, seed=seed))
     born, frozen = experiment.birth(jax.random.key(seed))
     born = State(born.step, born.params, born.track, with_lr(born.opt, lr))
     state = born
@@ -97,12 +101,13 @@ def fit(
     return join(state.params, state.track, frozen)
 
 
-def cell(job: Job, strategy: str, fast: bool) -> dict[str, Any]:
+def cell(job: Job, strategy: str, parts: Any, fast: bool) -> dict[str, Any]:
     """Choose a learning rate on validation, train with it, and read the test part once a seed."""
-    steps, trial_steps = (4, 2) if fast else (job.steps, job.trial_steps)
-    experiment = make(job, strategy, steps)
-    compiled = compile_step(experiment)
     began = time.perf_counter()
+    config = configure(job, strategy, fast)
+    steps, trial_steps = config.run.steps, 2 if fast else job.trial_steps
+    experiment = build(config, parts)
+    compiled = compile_step(experiment)
     name = "accuracy"
     trials = {
         lr: score(experiment, fit(experiment, compiled, lr, trial_steps), "validation")[name]
@@ -136,8 +141,9 @@ def cell(job: Job, strategy: str, fast: bool) -> dict[str, Any]:
 
 def cells(job: Job, fast: bool) -> Iterator[dict[str, Any]]:
     """Yield the row of every strategy; without weights there is only scratch."""
+    parts = open_parts(configure(job, "scratch", fast))
     for strategy in RATES if "weights" in job.base else ("scratch",):
-        row = cell(job, strategy, fast)
+        row = cell(job, strategy, parts, fast)
         interval = f"[{row['low']:.3f}, {row['high']:.3f}]"
         print(
             f"{row['strategy']:8} {row['accuracy']:8.3f} {interval:16} {row['seeds']:5} "
@@ -185,7 +191,13 @@ def plot(results: Mapping[str, list[dict[str, Any]]], path: Path) -> None:
                 panel.annotate(
                     row["strategy"], (row[key], row["accuracy"]), (6, 4), textcoords="offset points"
                 )
-            panel.set(xscale="log", xlabel=label, ylabel="test accuracy", title=title)
+            panel.margins(x=0.3, y=0.15)
+            panel.set(
+                xscale="log" if key == "trainable" else "linear",
+                xlabel=label,
+                ylabel="test accuracy",
+                title=title,
+            )
             panel.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
 

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,13 +13,13 @@ from scipy import special
 
 from tljax import objectives, sharding
 from tljax.build import MODELS, precision
-from tljax.checkpoint import read_tree
+from tljax.checkpoint import read_tree, write_text
 from tljax.config import Config, parse
 from tljax.data.pipeline import Pipeline, open_pipeline, unlabelled
 from tljax.data.sources import PICTURES, TABLES, read_table
 from tljax.evaluate import evaluate
 from tljax.source import as_fields, read_record
-from tljax.types import BadInput, Batch, Tree
+from tljax.types import BadInput, Batch, Rules, Tree
 
 
 @dataclass(frozen=True)
@@ -42,29 +41,51 @@ def open_finished(workdir: Path, data: str | None = None) -> Finished:
     """
     record = read_record(workdir)
     facts, config = record["model"], parse(record["config"])
-    mesh = sharding.make_mesh(**config.mesh.model_dump())
-    chosen = config.data.model_copy(update={"name": data} if data else {})
+    mesh, rules = find_mesh(config)
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    chosen = config.data.model_copy(update={"name": data, "labels": None} if data else {})
     pipeline = open_pipeline(
         chosen,
         facts["task"],
         preprocess=facts["preprocess"],
         tokenizer=workdir / facts["tokenizer"] if facts["tokenizer"] else None,
-        batch=config.run.batch,
+        batch=-(-config.run.batch // ways) * ways,
         threads=config.run.threads,
         seed=config.seed,
     )
-    if list(pipeline.labels or ()) != list(facts["labels"] or ()):
-        raise BadInput(
-            f"{chosen.name} has labels {', '.join((pipeline.labels or ())[:8])}...; "
-            f"the run in {workdir} knows {', '.join((facts['labels'] or ())[:8])}..."
-        )
+    require_same_kind(pipeline, facts, workdir, chosen.name)
     fields, dtype = as_fields(facts["fields"]), jnp.dtype(config.precision.compute)
     model = MODELS[facts["name"]](**fields, dtype=dtype)
     here = sharding.on(mesh, sharding.REPLICATED)
     predict = sharding.under(mesh, objectives.make_predict(facts["task"], model))
-    tree = jax.device_put(read_tree(workdir), here)
+    tree = read_tree(workdir)
+    # Placed as in training, so that sums have the same order and metrics the same last digit.
+    tree = jax.device_put(tree, sharding.on(mesh, sharding.specs(tree, mesh, rules)))
     jitted = jax.jit(predict, out_shardings=here)
     return Finished(config, tree, facts, pipeline, jitted, mesh)
+
+
+def find_mesh(config: Config) -> tuple[sharding.Mesh, Rules]:
+    """Return the run's mesh and sharding rules, or plain data parallelism on other devices."""
+    try:
+        return sharding.make_mesh(**config.mesh.model_dump()), config.specs
+    except BadInput:
+        return sharding.make_mesh(), ()
+
+
+def require_same_kind(pipeline: Pipeline, facts: dict[str, Any], workdir: Path, name: str) -> None:
+    """Raise BadInput unless data have the run's kind of inputs and its labels."""
+    if (pipeline.tokenizer is None) == (facts["tokenizer"] is not None):
+        kinds = ("pictures", "texts") if facts["tokenizer"] is None else ("texts", "pictures")
+        raise BadInput(f"the run in {workdir} reads {kinds[0]}; {name} has {kinds[1]}")
+    if list(pipeline.labels or ()) != list(facts["labels"] or ()):
+        theirs, ours = (
+            ", ".join((labels or ())[:8]) for labels in (pipeline.labels, facts["labels"])
+        )
+        raise BadInput(
+            f"{name} has the labels {theirs}\nthe run in {workdir} knows {ours}\n"
+            "evaluate on data with the same labels, or train on these with weights=RUN"
+        )
 
 
 def evaluate_run(workdir: Path, split: str, data: str | None = None) -> dict[str, float]:
@@ -77,13 +98,18 @@ def evaluate_run(workdir: Path, split: str, data: str | None = None) -> dict[str
 
 def read_texts(path: Path, columns: dict[str, str]) -> list[dict[str, Any]]:
     """Read the text column of a table, or the lines of any other file."""
+    if path.is_dir():
+        raise BadInput(f"{path} is a folder: name text files, or tables ({', '.join(TABLES)})")
     if path.suffix in TABLES:
         texts = {name: column for name, column in columns.items() if name != "label"}
         return [
             {name: row[name] for name in row if name in ("text", "text_b")}
             for row in read_table(path, texts)[0]
         ]
-    lines = path.read_text(encoding="utf8").splitlines()
+    try:
+        lines = path.read_text(encoding="utf8").splitlines()
+    except UnicodeDecodeError as error:
+        raise BadInput(f"{path} is not text in UTF-8: {error}") from None
     return [{"text": line} for line in lines if line.strip()]
 
 
@@ -121,9 +147,11 @@ def predictions(run: Finished, rows: Sequence[dict[str, Any]]) -> Iterator[dict[
             elif task == "tag":
                 yield {"labels": [names[i] for i in logits.argmax(-1)]}
             else:
-                odds = special.expit(logits) if task == "multilabel" else special.softmax(logits)
-                probabilities = dict(zip(names, map(float, odds), strict=True))
-                yield {"label": names[int(odds.argmax())], "probabilities": probabilities}
+                several = task == "multilabel"
+                odds = (special.expit if several else special.softmax)(logits.astype(np.float64))
+                chosen = [name for name, p in zip(names, odds, strict=True) if p > 0.5]
+                label = {"labels": chosen} if several else {"label": names[int(odds.argmax())]}
+                yield label | {"probabilities": dict(zip(names, odds.tolist(), strict=True))}
 
 
 def predict_run(workdir: Path, paths: Sequence[Path], out: Path) -> int:
@@ -135,10 +163,10 @@ def predict_run(workdir: Path, paths: Sequence[Path], out: Path) -> int:
     if run.facts["task"] == "mlm":
         raise BadInput(f"the run in {workdir} predicts masked tokens; adapt it to labels first")
     rows = find_inputs(paths, run.data.tokenizer is None, run.config.data.columns)
-    with ExitStack() as stack:
-        stack.enter_context(precision(run.config))
-        file = stack.enter_context(open(out, "w", encoding="utf8"))
+    lines = []
+    with precision(run.config):
         for row, found in zip(rows, predictions(run, rows), strict=True):
             given = {name: str(value) for name, value in row.items()}
-            file.write(json.dumps(given | found) + "\n")
+            lines.append(json.dumps(given | found, ensure_ascii=False) + "\n")
+    write_text(out, "".join(lines))  # at the end and whole: an error leaves an older file alone
     return len(rows)

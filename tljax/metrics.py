@@ -15,10 +15,11 @@ from clu import parameter_overview
 from clu.metrics import Average
 from jaxtyping import Int, Num, Shaped
 from scipy import special, stats
+from sklearn.metrics import f1_score
 from tqdm import tqdm
 
-from tljax.tree import flatten, nearest
-from tljax.types import BadInput, Tree
+from tljax.tree import flatten
+from tljax.types import Tree
 
 Rows = Mapping[str, np.ndarray]
 """What was collected, one row per example: label and logits; for tag label and prediction; for
@@ -32,8 +33,6 @@ METRICS: dict[str, tuple[str, ...]] = {
     "mlm": ("nll", "accuracy", "perplexity"),
 }
 """The metrics of a task; the first one that its data allow is the primary one."""
-
-LOWER_IS_BETTER = frozenset({"nll", "mse", "perplexity"})
 
 
 def accumulate(
@@ -54,10 +53,6 @@ def score(task: str, rows: Rows, names: Sequence[str] = ()) -> dict[str, float]:
 
     `names` are the label names: a tag task whose names are BIO tags gets entity F1.
     """
-    if task not in METRICS:
-        raise BadInput(
-            f"unknown task {task!r}; nearest of {list(METRICS)}: {nearest(task, METRICS)}"
-        )
     if task == "tag":
         entity = {"entity_f1": ratio(entity_counts(rows, names))} if is_bio(names) else {}
         return entity | {"token_accuracy": ratio(token_counts(rows))}
@@ -65,25 +60,21 @@ def score(task: str, rows: Rows, names: Sequence[str] = ()) -> dict[str, float]:
     return by_task[task](rows)
 
 
-def primary(task: str, scores: Mapping[str, float]) -> tuple[str, float]:
-    """Return the name of the primary metric and its value, negated if lower is better."""
-    name = next(name for name in METRICS[task] if name in scores)
-    return name, -scores[name] if name in LOWER_IS_BETTER else scores[name]
+def primary(task: str, scores: Mapping[str, float]) -> str:
+    """Return the name of the primary metric."""
+    return next(name for name in METRICS[task] if name in scores)
 
 
 def _classify(rows: Rows) -> dict[str, float]:
     logits, label = rows["logits"].astype(np.float64), rows["label"]
     guess = logits.argmax(-1)
     log_probs = special.log_softmax(logits, axis=-1)
-    c = logits.shape[-1]
-    right = np.bincount(label[guess == label], minlength=c)
-    total = np.bincount(label, minlength=c) + np.bincount(guess, minlength=c)
     found = {
         "accuracy": float(np.mean(guess == label)),
-        "macro_f1": float(np.mean(2 * right[total > 0] / total[total > 0])),
+        "macro_f1": float(f1_score(label, guess, average="macro")),
         "nll": float(-np.mean(np.take_along_axis(log_probs, label[:, None], -1))),
     }
-    if c > 5:
+    if logits.shape[-1] > 5:
         best = np.argsort(-logits, axis=-1, kind="stable")[:, :5]
         found["top5"] = float(np.mean((best == label[:, None]).any(-1)))
     return found
@@ -108,12 +99,10 @@ def mean_average_precision(logits: Num[np.ndarray, "n c"], label: Num[np.ndarray
 def _multilabel(rows: Rows) -> dict[str, float]:
     # A label is predicted where its probability is over one half: where its logit is positive.
     guess, label = rows["logits"] > 0, rows["label"] > 0
-    both, total = 2 * (guess & label).sum(0), guess.sum(0) + label.sum(0)
-    return {
-        "mAP": mean_average_precision(rows["logits"].astype(np.float64), rows["label"]),
-        "micro_f1": float(both.sum() / max(total.sum(), 1)),
-        "macro_f1": float(np.mean(both / np.maximum(total, 1))),
-    }
+    found = {"mAP": mean_average_precision(rows["logits"].astype(np.float64), rows["label"])}
+    for kind in ("micro", "macro"):
+        found[f"{kind}_f1"] = float(f1_score(label, guess, average=kind, zero_division=0))
+    return found
 
 
 def spearman(one: Num[np.ndarray, " n"], other: Num[np.ndarray, " n"]) -> float:
@@ -132,11 +121,8 @@ def _regress(rows: Rows) -> dict[str, float]:
 def _mlm(rows: Rows) -> dict[str, float]:
     nll, accuracy = (ratio(np.stack([rows[k], rows["count"]], -1)) for k in ("loss", "correct"))
     # exp overflows past 709: a diverged model has an infinite perplexity, not an error.
-    return {
-        "nll": nll,
-        "accuracy": accuracy,
-        "perplexity": math.exp(nll) if nll < 709 else math.inf,
-    }
+    perplexity = math.exp(nll) if nll < 709 else math.inf
+    return {"nll": nll, "accuracy": accuracy, "perplexity": perplexity}
 
 
 def is_bio(names: Sequence[str]) -> bool:
@@ -192,14 +178,13 @@ def wilson(successes: int, trials: int, level: float = 0.95) -> tuple[float, flo
 
 
 def bootstrap(
-    values: Shaped[np.ndarray, "n ..."] | tuple[Shaped[np.ndarray, "n ..."], ...],
+    arrays: Sequence[Shaped[np.ndarray, "n ..."]],
     statistic: Callable[..., float],
     seed: int,
     n: int = 2000,
     level: float = 0.95,
 ) -> tuple[float, float]:
     """Bound a statistic by the percentiles of n resamples of the rows; undefined ones drop out."""
-    arrays = values if isinstance(values, tuple) else (values,)
     numbers, size = np.random.default_rng(seed), len(arrays[0])
     picks = (numbers.integers(size, size=size) for _ in range(n))
     found = np.array([statistic(*(array[pick] for array in arrays)) for pick in picks])
@@ -291,7 +276,13 @@ def parameter_table(
         _Row(path, str(leaf.shape), str(leaf.dtype), role_of[path], axes.get(path, ""))
         for path, leaf in leaves.items()
     ]
-    lines = [parameter_overview.make_table(rows)]
+    return f"{parameter_overview.make_table(rows)}\n{role_counts(tree, roles, unread)}"
+
+
+def role_counts(tree: Tree, roles: Tree, unread: Sequence[str] = ()) -> str:
+    """Count parameters, bytes and leaves of each role, one role a line."""
+    leaves, role_of = flatten(tree), flatten(roles) | dict.fromkeys(unread, "unread")
+    lines = []
     for role in ("train", "track", "freeze", "unread"):
         mine = [leaf for path, leaf in leaves.items() if role_of[path] == role]
         sizes = [math.prod(leaf.shape) for leaf in mine]

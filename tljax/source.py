@@ -4,6 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+
 from tljax.checkpoint import read_tree
 from tljax.edits.lora import merge
 from tljax.types import BadInput, Tree
@@ -21,9 +24,12 @@ def read_record(workdir: str | Path) -> dict[str, Any]:
     if not path.is_file():
         raise BadInput(f"{workdir} is not a run folder: it has no {RECORD}")
     try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        record = json.loads(path.read_text(encoding="utf8"))
+    except ValueError as error:
         raise BadInput(f"{path} is not valid JSON: {error}") from None
+    if absent := [key for key in ("config", "model", "digest") if key not in record]:
+        raise BadInput(f"{path} is not the record of a run: it has no {absent[0]!r}")
+    return dict(record)
 
 
 def plain(tree: Tree) -> Tree:
@@ -32,8 +38,8 @@ def plain(tree: Tree) -> Tree:
     Averages take the place of parameters, LoRA is folded into its kernels, and fixed statistics
     are statistics again: `{params, ema, fixed_stats}  ->  {params, batch_stats}`.
     """
-    params = tree.get("ema", tree)["params"]
-    found = {"params": merge(params)}
+    params = jax.tree.map(jnp.asarray, tree.get("ema", tree)["params"])
+    found = {"params": jax.device_get(merge(params))}
     for name in ("batch_stats", "fixed_stats"):
         found |= {"batch_stats": tree[name]} if tree.get(name) else {}
     return found

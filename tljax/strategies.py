@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from flax import struct
 
 from tljax.edits.lora import Graft, targets_of
+from tljax.optim import Group
 from tljax.tree import flatten, subtrees
 from tljax.types import BadInput, Edit, Key, Objective, Rules, Tree
 
@@ -67,9 +68,23 @@ def scratch(tree: Tree, source: tuple[Edit, ...], read: str | None) -> Strategy:
     return Strategy((), (("params/**", "train"), *_statistics(tree)))
 
 
-def full(tree: Tree, source: tuple[Edit, ...], read: str | None) -> Strategy:
-    """Fine-tune everything from the pretrained weights; BatchNorm statistics are tracked."""
-    return Strategy(source, (("params/**", "train"), *_statistics(tree)))
+def _faster(tree: Tree, factor: float) -> Rules:
+    """Give a new head a multiple of the learning rate, since it starts from nothing.
+
+    Source: Howard and Ruder 2018, arXiv 1801.06146, section 3.2 (discriminative fine-tuning).
+    """
+    return tuple((glob, Group(lr=factor)) for glob, _ in _head(tree)) if factor != 1.0 else ()
+
+
+def full(
+    tree: Tree, source: tuple[Edit, ...], read: str | None, head_rate: float = 1.0
+) -> Strategy:
+    """Fine-tune everything from the pretrained weights; BatchNorm statistics are tracked.
+
+    head_rate: the head's multiple of the learning rate.
+    """
+    roles = (("params/**", "train"), *_statistics(tree))
+    return Strategy(source, roles, _faster(tree, head_rate))
 
 
 def probe(tree: Tree, source: tuple[Edit, ...], read: str | None) -> Strategy:
@@ -91,9 +106,16 @@ def blocks_read(tree: Tree, read: str | None) -> list[str]:
     return [f"params/blocks/{number}" for number in numbers]
 
 
-def last_k(tree: Tree, source: tuple[Edit, ...], read: str | None, k: int = 2) -> Strategy:
+def last_k(
+    tree: Tree,
+    source: tuple[Edit, ...],
+    read: str | None,
+    k: int = 2,
+    head_rate: float = 1.0,
+) -> Strategy:
     """Train the last k blocks that are read, the final norm and the head.
 
+    head_rate: the head's multiple of the learning rate.
     Raises: BadInput if k is more than the blocks there are.
     """
     blocks = blocks_read(tree, read)
@@ -101,7 +123,7 @@ def last_k(tree: Tree, source: tuple[Edit, ...], read: str | None, k: int = 2) -
         raise BadInput(f"last_k: k={k} exceeds the {len(blocks)} blocks that are read")
     top = [f"{block}/**" for block in blocks[len(blocks) - k :]]
     rules = (*_rules(tree, [*top, "params/norm/**"]), *_head(tree))
-    return Strategy((*source, *_fixed(tree)), rules)
+    return Strategy((*source, *_fixed(tree)), rules, _faster(tree, head_rate))
 
 
 def lora(

@@ -1,6 +1,7 @@
 """The loop: restore, step, log, evaluate, save; and what a run writes about itself."""
 
 import json
+import shutil
 import subprocess
 import time
 from collections.abc import Iterator, Mapping
@@ -13,10 +14,10 @@ import jax
 import numpy as np
 
 from tljax.build import Experiment
-from tljax.checkpoint import Checkpoints, write_json
+from tljax.checkpoint import Checkpoints, write_json, write_text
 from tljax.data.loader import prefetch_to_device
 from tljax.evaluate import evaluate
-from tljax.metrics import Logger, accumulate, averages, parameter_table
+from tljax.metrics import Logger, accumulate, averages, parameter_table, role_counts
 from tljax.sharding import put_batch
 from tljax.source import RECORD, read_record
 from tljax.state import State
@@ -24,7 +25,7 @@ from tljax.tree import flatten, join
 from tljax.types import BadInput, Tree
 
 PACKAGES = ("tljax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-RESULT = "result.json"
+RESULT, METRICS, TABLES = "result.json", "metrics.jsonl", "tables.txt"
 UNITS = ("", "k", "M", "G", "T", "P")
 
 
@@ -49,6 +50,12 @@ def tables(experiment: Experiment) -> str:
     loaded = f"{experiment.report.table()}\n\n" if experiment.report else ""
     roles = experiment.roles
     return loaded + parameter_table(experiment.tree, roles.tree, experiment.specs, roles.unread)
+
+
+def summary(experiment: Experiment) -> str:
+    """Describe the tree in a few lines: what was loaded, and how much has each role."""
+    loaded = f"weights: {experiment.report.totals()}\n" if experiment.report else ""
+    return loaded + role_counts(experiment.tree, experiment.roles.tree, experiment.roles.unread)
 
 
 def size(tree: Any) -> int:
@@ -118,12 +125,15 @@ class Intervals:
         self.running: Any = None
         self.due: tuple[int, Any] | None = None
 
-    def add(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Take one step's metrics, and log the interval that ended before it."""
+    def add(self, step: int, metrics: dict[str, jax.Array], saved: bool) -> None:
+        """Take one step's metrics, and log the interval that ended before it.
+
+        An interval ends at a save too: averages do not depend on where a run was interrupted.
+        """
         self.flush()
         self.running = accumulate(self.running, metrics)
         self.logger.advance(step)
-        if step % self.every == 0 or step == self.total:
+        if step % self.every == 0 or step == self.total or saved:
             self.due, self.running = (step, self.running), None
 
     def flush(self) -> None:
@@ -144,7 +154,8 @@ def train(experiment: Experiment, workdir: Path) -> dict[str, Any]:
     if (workdir / RESULT).exists():
         print(f"{workdir} is finished")
         return dict(json.loads((workdir / RESULT).read_text()))
-    print(tables(experiment))
+    write_text(workdir / TABLES, tables(experiment) + "\n")
+    print(f"{summary(experiment)}\nevery leaf: {workdir / TABLES}")
     compiled = compile_step(experiment)
     print(plan(experiment, compiled), flush=True)
     began = time.perf_counter()
@@ -155,9 +166,9 @@ def train(experiment: Experiment, workdir: Path) -> dict[str, Any]:
         logger = stack.enter_context(closing(Logger(workdir, run.steps, resumed=start or None)))
         intervals = Intervals(logger, run.log_every, run.steps)
         for step, state, metrics in advance(experiment, compiled, born, frozen, start):
-            intervals.add(step, metrics)
             evaluates = run.eval_every and step % run.eval_every == 0
             saves = run.save_every and step % run.save_every == 0
+            intervals.add(step, metrics, saved=bool(saves))
             if step == run.steps or evaluates or saves:
                 intervals.flush()  # before the save: what a later kill would lose is logged again
             if evaluates and step < run.steps:
@@ -186,6 +197,8 @@ def prefixed(prefix: str, values: Mapping[str, float]) -> dict[str, float]:
 
 def git_state() -> str:
     """Return the commit of the working directory, "+" if it has changes, "" outside git."""
+    if shutil.which("git") is None:
+        return ""
     commands = ["git rev-parse HEAD", "git status --porcelain"]
     runs = [subprocess.run(c.split(), capture_output=True, text=True) for c in commands]
     return runs[0].stdout.strip() + ("+" if runs[1].stdout else "")
@@ -209,6 +222,10 @@ def claim(experiment: Experiment, workdir: Path) -> None:
                 "give another --workdir, or the same config to go on"
             )
         return
+    if found := [name for name in (METRICS, "checkpoints") if (workdir / name).exists()]:
+        raise BadInput(f"{workdir} has {found[0]} but no {RECORD}; give another --workdir")
+    if workdir.exists() and not workdir.is_dir():
+        raise BadInput(f"{workdir} is a file; --workdir names a folder")
     workdir.mkdir(parents=True, exist_ok=True)
     device = jax.devices()[0]
     record = {

@@ -5,7 +5,9 @@ import difflib
 import io
 import json
 import os
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -121,7 +123,7 @@ class Prepared(Source):
         except (NotImplementedError, ValueError) as error:
             raise BadInput(
                 f"{self._name} cannot be read: it has {sorted(builder.info.splits)}, stored as "
-                f"{builder.info.file_format.value}; expected one of them, stored as array_record"
+                f"{builder.info.file_format.value}; expected one, not empty, as array_record"
             ) from error
 
     def __len__(self) -> int:
@@ -171,14 +173,21 @@ def decode(data: bytes | Path, name: str) -> np.ndarray:
 
     Raises: BadInput that names a corrupt one.
     """
+    with _opened(data, name) as picture:
+        if picture.has_transparency_data:
+            page = Image.new("RGBA", picture.size, "white")
+            page.alpha_composite(picture.convert("RGBA"))
+            return to_array(page.convert("RGB"))
+        return to_array(picture.convert("L" if picture.mode in ("1", "L") else "RGB"))
+
+
+@contextmanager
+def _opened(data: bytes | Path, name: str) -> Iterator[Image.Image]:
     try:
         with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as picture:
-            if picture.has_transparency_data:
-                page = Image.new("RGBA", picture.size, "white")
-                page.alpha_composite(picture.convert("RGBA"))
-                return to_array(page.convert("RGB"))
-            return to_array(picture.convert("L" if picture.mode in ("1", "L") else "RGB"))
-    except (OSError, SyntaxError) as error:  # Pillow raises SyntaxError on broken PNG chunks
+            yield picture
+    # Pillow raises SyntaxError on broken PNG chunks, and ValueError on some broken compression.
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise BadInput(f"{name} cannot be decoded: {error}\nReplace or remove it.") from error
 
 
@@ -218,6 +227,8 @@ def open_data(
     theirs.  CSV labels with "|" are lists.
     Raises: BadInput.
     """
+    if strange := sorted(set(columns or {}) - {"text", "text_b", "label", "image"}):
+        raise BadInput(f"columns has no {strange[0]!r}: expected text, text_b, label or image")
     names = {"train": train, "validation": validation, "test": test}
     asked = {part: split for part, split in names.items() if isinstance(split, str)}
     if name in BUILDERS or name.startswith("tfds:"):
@@ -275,6 +286,8 @@ def _open_tfds(
                 "Prepare it there in the array_record format, or set $TFDS_DATA_DIR."
             ) from error
         builder = cls(data_dir=folder, config=name.partition("/")[2] or None)
+        if not sys.stderr.isatty():
+            tfds.disable_progress_bar()
         builder.download_and_prepare()
     features = builder.info.features
     keys = _guess_keys(features) | columns
@@ -346,22 +359,38 @@ def _read_folder(path: Path) -> tuple[list[dict], list[str]]:
             f"no images in {path}: expected <class>/*{{{','.join(PICTURES)}}}, "
             "with or without train/ and test/ above the classes"
         )
+    for file in files:  # the header alone, which is cheap: what is no picture is named at once
+        with _opened(file, f"image {file}"):
+            pass
     return [{"image": file} for file in files], [file.parent.name for file in files]
+
+
+def _parse_table(path: Path) -> list[dict]:
+    with path.open(encoding="utf8", newline="") as stream:
+        if path.suffix != ".jsonl":
+            return list(csv.DictReader(stream, delimiter="\t" if path.suffix == ".tsv" else ","))
+        rows = [json.loads(line) for line in stream if line.strip()]
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict):
+            raise BadInput(f"{path}, row {number} is {row!r}: expected an object of columns")
+    return rows
 
 
 def read_table(path: Path, columns: Mapping[str, str]) -> tuple[list[dict], list | None]:
     """Read rows of {"text", "text_b"?} and the values of the label column, None without one."""
-    with path.open(encoding="utf8", newline="") as stream:
-        if path.suffix == ".jsonl":
-            table = [json.loads(line) for line in stream if line.strip()]
-        else:
-            table = list(csv.DictReader(stream, delimiter="\t" if path.suffix == ".tsv" else ","))
+    try:
+        table = _parse_table(path)
+    except (UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
+        raise BadInput(f"{path} is no {path.suffix} table in UTF-8: {error}") from None
     if not table:
         raise BadInput(f"{path} has no rows")
     keys = {key: key for key in ("text", "text_b", "label") if key == "text" or key in table[0]}
     keys |= columns
-    for row in table:
+    for number, row in enumerate(table, 1):
         _refuse_missing(str(path), keys, row)
+        for our, key in keys.items():
+            if row[key] is None or (our != "label" and not isinstance(row[key], str)):
+                raise BadInput(f"{path}, row {number}: column {key!r} holds {row[key]!r}, no {our}")
     values = [row[keys["label"]] for row in table] if "label" in keys else None
     if values and any(isinstance(value, str) and "|" in value for value in values):
         values = [[part for part in value.split("|") if part] for value in values]
@@ -384,11 +413,21 @@ def _read_info(rows: list[dict], values: list | None) -> Info:
     return Info(kind, "regress") if fractions else Info(kind, "classify", tuple(names))
 
 
+def _to_number(value: Any, place: Path, index: int) -> np.float32:
+    try:
+        number = np.float32(value)
+    except (TypeError, ValueError):
+        number = np.float32("nan")
+    if not np.isfinite(number):
+        raise BadInput(f"{place}, example {index}: label {value!r} is not a finite number")
+    return number
+
+
 def _to_labels(values: list | None, info: Info, place: Path) -> Labels | None:
     if values is None or info.task is None:
         return None
     if info.task == "regress":
-        return np.asarray(values, np.float32)
+        return np.asarray([_to_number(value, place, i) for i, value in enumerate(values)])
     index = {name: i for i, name in enumerate(info.names)}
     rows = []
     for i, value in enumerate(values):

@@ -59,8 +59,8 @@ def open_weights(name_or_path: str | Path) -> Source:
         state, left = read_onnx(data, origin)
     else:
         config = _read_json(path.with_name("config.json"))
-        images = _read_json(path.with_name("preprocessor_config.json"), default={})
-        state, left = read_safetensors(data, origin), {}
+        images = _read_json(path.with_name("preprocessor_config.json"))
+        state, left = read_safetensors(path), {}
     fields = read_fields(config, str(path.with_name("config.json")))
     kind = config["model_type"]
     prefix = f"{kind}." if any(name.startswith(f"{kind}.") for name in state) else ""
@@ -110,11 +110,9 @@ def _find(name: str) -> Path:
     return Path(name, "model.safetensors")
 
 
-def _read_json(path: Path, default: Mapping[str, Any] | None = None) -> Mapping[str, Any]:
-    if default is not None and not path.exists():
-        return default
+def _read_json(path: Path) -> Mapping[str, Any]:
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
     except (ValueError, TypeError) as error:
         raise BadInput(f"{path} is not a JSON object: {error}") from None
 
