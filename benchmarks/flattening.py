@@ -147,6 +147,8 @@ def main() -> None:
     parser.add_argument("--image-size", type=int, default=224, help="pixels (default 224)")
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds (default 5)")
     given = parser.parse_args()
+    if given.image_size % PATCH:
+        parser.error(f"--image-size must be a multiple of {PATCH}")
     rng = np.random.default_rng(0)
     image = rng.normal(size=(given.batch, given.image_size, given.image_size, 3))
     image, label = image.astype(np.float32), np.arange(given.batch, dtype=np.int32) % CLASSES

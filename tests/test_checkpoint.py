@@ -1,8 +1,10 @@
 """A run's folder: bitwise round trips, leftovers, damage, and runs as a source of weights."""
 
+import gc
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -15,6 +17,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
+from safetensors.numpy import load_file
 
 from tljax.checkpoint import Checkpoints, read_tree, write_json
 from tljax.state import State
@@ -97,15 +100,11 @@ def test_the_newest_are_kept_and_a_saved_step_is_never_rewritten(run):
     run.wait()
     assert run.steps() == [2, 3]
     assert_same(run.restore(abstract(make_state())), make_state(3, seed=3))
-    assert_same(run.restore(abstract(make_state()), step=2), make_state(2, seed=2))
 
 
-def test_a_missing_step_is_named_with_those_that_exist(run):
-    with pytest.raises(BadInput, match="saved steps: none"):
+def test_a_run_without_a_checkpoint_is_named(run):
+    with pytest.raises(BadInput, match=r"no checkpoint in .*nothing was saved yet"):
         run.restore(abstract(make_state()))
-    run.save(3, make_state())
-    with pytest.raises(BadInput, match=r"no checkpoint of step 7 in .*saved steps: 3"):
-        run.restore(abstract(make_state()), step=7)
 
 
 def test_partial_leftovers_are_ignored_and_cleaned(tmp_path):
@@ -140,8 +139,9 @@ def test_a_process_killed_while_saving_loses_nothing_saved(tmp_path):
     assert done.returncode == 9
     run = Checkpoints(tmp_path / "checkpoints", keep=2)
     assert 1 in run.steps()
-    restored = run.restore(abstract({"w": jnp.ones(4)}), step=1)
-    np.testing.assert_array_equal(restored["w"], np.ones(4, np.float32))
+    size = {1: 4, 2: (4000, 4000)}[run.latest()]
+    restored = run.restore(abstract({"w": jnp.ones(size)}))
+    np.testing.assert_array_equal(restored["w"], np.ones(size, np.float32))
     run.close()
     assert not list((tmp_path / "checkpoints").glob("*tmp*"))
 
@@ -177,8 +177,12 @@ def test_a_damaged_step_is_refused_or_harmless_and_other_steps_survive(tmp_path,
             refused.add(str(path.relative_to(folder).parent))
         path.write_bytes(kept)
     assert refused >= {".", "state", "state/d"}  # metadata, manifest and numbers
-    assert_same(run.restore(abstract(make_state()), step=3), make_state(3))
     run.close()
+    gc.collect()  # their warnings must not fall into another test
+    shutil.rmtree(folder)  # as the message says
+    again = Checkpoints(tmp_path / "checkpoints")
+    assert_same(again.restore(abstract(make_state())), make_state(3))
+    again.close()
 
 
 def test_another_structure_shape_or_dtype_is_refused(run):
@@ -231,11 +235,11 @@ def test_frozen_tree_is_stored_once_and_named_by_its_content(run):
     assert file.stat().st_mtime_ns == stamp
     other = jax.tree.map(lambda x: x + jnp.ones((), x.dtype), frozen)
     assert frozen_file(run, run.save_frozen(other)) != file
-    assert bits(read_tree(file)) == bits(unflatten(flatten(frozen)))
+    assert bits(unflatten(load_file(file))) == bits(unflatten(flatten(frozen)))
 
 
 def test_a_tree_without_frozen_leaves_is_stored_too(run):
-    assert read_tree(frozen_file(run, run.save_frozen({"params": {"head": None}}))) == {}
+    assert load_file(frozen_file(run, run.save_frozen({"params": {"head": None}}))) == {}
 
 
 @pytest.mark.parametrize("how", ["truncated", "flipped"])
@@ -270,16 +274,11 @@ def test_a_run_is_read_as_numpy_without_knowing_its_structure(tmp_path):
     run.save(5, make_state(5))
     run.close()
     expected = flatten(tree["frozen"]) | flatten(tree["train"]) | flatten(tree["track"])
-    for path in (tmp_path, tmp_path / "checkpoints" / "5"):
-        found = flatten(read_tree(path))
-        assert found.keys() == expected.keys()
-        for name, leaf in expected.items():
-            assert type(found[name]) is np.ndarray
-            assert bits(found[name]) == bits(leaf), name
-    old = read_tree(tmp_path / "checkpoints" / "3")
-    assert bits(old["params"]["head"]) == bits(make_tree(3)["train"]["params"]["head"])
-    [file] = (tmp_path / "frozen").iterdir()
-    assert flatten(read_tree(file)).keys() == flatten(tree["frozen"]).keys()
+    found = flatten(read_tree(tmp_path))
+    assert found.keys() == expected.keys()
+    for name, leaf in expected.items():
+        assert type(found[name]) is np.ndarray
+        assert bits(found[name]) == bits(leaf), name
     with pytest.raises(BadInput, match="does not exist"):
         read_tree(tmp_path / "nowhere")
 

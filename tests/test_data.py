@@ -441,12 +441,7 @@ def test_tokenizer_forgets_padding_and_truncation_and_survives_its_file(tokenize
     long = " ".join(SENTENCES)
     assert len(again.inner.encode(long).ids) == 50
     assert again.inner.encode("the cat").ids == tokenizer.inner.encode("the cat").ids
-    vocabulary = sorted(tokenizer.inner.get_vocab().items(), key=lambda item: item[1])
-    (tmp_path / "vocab.txt").write_text("\n".join(token for token, _ in vocabulary))
-    plain = Tokenizer.from_file(tmp_path / "vocab.txt", max_length=20)
-    for text in (*SENTENCES, "The Cat's Müsli, unknown?"):
-        assert plain.inner.encode(text).ids == tokenizer.inner.encode(text).ids
-    with pytest.raises(BadInput, match=r"expected a tokenizer\.json or a vocab\.txt"):
+    with pytest.raises(BadInput, match=r"expected a tokenizer\.json"):
         Tokenizer.from_file(tmp_path / "nothing.txt")
 
 
@@ -459,11 +454,10 @@ def test_tokenizer_equals_transformers_on_its_own_files():
     reference = BertTokenizerFast.from_pretrained(model)
     hard = [*SENTENCES, "Ünïcödé, 1,234.5 — don't [MASK] 漢字 🙂", "x" * 300, ""]
     expected = reference(hard, hard[::-1], truncation=True, max_length=48)
-    for file in ("vocab.txt", "tokenizer.json"):
-        ours = Tokenizer.from_file(model / file, max_length=48)
-        found = ours.inner.encode_batch(list(zip(hard, hard[::-1], strict=True)))
-        assert [encoding.ids for encoding in found] == expected["input_ids"]
-        assert [encoding.type_ids for encoding in found] == expected["token_type_ids"]
+    ours = Tokenizer.from_file(model / "tokenizer.json", max_length=48)
+    found = ours.inner.encode_batch(list(zip(hard, hard[::-1], strict=True)))
+    assert [encoding.ids for encoding in found] == expected["input_ids"]
+    assert [encoding.type_ids for encoding in found] == expected["token_type_ids"]
 
 
 def test_a_tag_stands_on_the_first_piece_of_its_word_only(tokenizer):

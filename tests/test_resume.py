@@ -13,7 +13,6 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from tljax import objectives
 from tljax.__main__ import main
 from tljax.build import build
 from tljax.checkpoint import Checkpoints, read_tree
@@ -238,7 +237,7 @@ def test_a_run_is_adapted_by_lora_and_keeps_its_head(folder, vit, capsys):
     assert not [path for path in flatten(source.tree) if "lora" in path]
     experiment = build(parse({"data": DIGITS, "weights": str(vit), "run": {"batch": 16}}))
     batch = next(iter(experiment.data.eval_batches("test")))
-    logits = [objectives.infer(experiment.model, one, batch).logits for one in (tree, source.tree)]
+    logits = [experiment.predict(one, batch)["logits"] for one in (tree, source.tree)]
     assert np.abs(tree["params"]["blocks"]["0"]["attention"]["query"]["lora"]["b"]).max() > 1e-3
     # Folded or beside the kernel: the same sum in another order.
     np.testing.assert_allclose(*logits, atol=2e-5, rtol=0)
@@ -330,6 +329,21 @@ def test_a_number_a_text(folder, capsys):
     found = predicted(folder / "number", write_lines(folder / "two.txt", lines))
     assert [row["text"] for row in found] == ["a nice thing", "a great thing"]
     assert all(isinstance(row["value"], float) for row in found)
+
+
+@pytest.mark.assets("brown")
+def test_a_tag_a_word(folder):
+    data = {"name": "pos", "labels": 64, "validation": 32, "test": "test[:32]"}
+    result = train(
+        folder / "tags",
+        data=data | {"length": 16, "vocab": 500},
+        model=BERT,
+        strategy={"name": "scratch"},
+        run={"steps": 3, "batch": 16},
+    )
+    assert {"token_accuracy", "token_accuracy/low"} <= result["test"].keys()
+    [found] = predicted(folder / "tags", write_lines(folder / "words.txt", ["Dogs run fast ."]))
+    assert len(found["labels"]) == 4  # one a word, whatever its pieces
 
 
 def write_lines(path: Path, lines: list[str]) -> Path:

@@ -309,7 +309,7 @@ def test_a_shape_that_the_configuration_does_not_give_is_refused(tmp_path):
     with pytest.raises(BadInput, match=r"blocks/1/mlp/up/kernel: .* \(8, 5\), .* \(8, 12\)"):
         run(source, ids, mlm=True)
     source = open_weights(write_folder(tmp_path / "wide", config={"hidden_size": 16}))
-    with pytest.raises(BadInput, match=r"params/embed/word/embedding: .* \(11, 16\)"):
+    with pytest.raises(BadInput, match=r"gives shape \(8,\), the model expects \(16,\)"):
         run(source, ids, mlm=True)
 
 
@@ -380,26 +380,14 @@ def test_a_truncated_onnx_file_is_refused(tmp_path, monkeypatch):
     assert str(path) in str(caught.value)
 
 
-@pytest.mark.parametrize(
-    ("preprocessor", "size"),
-    [
-        ({"size": 224}, 224),
-        ({"size": {"height": 96, "width": 96}, "resample": 3}, 96),
-        ({"size": {"shortest_edge": 256}, "crop_size": {"height": 80}, "do_center_crop": True}, 80),
-    ],
-)
-def test_preprocessing_is_read(tmp_path, preprocessor, size):
+def test_preprocessing_is_read(tmp_path):
     folder = write_folder(tmp_path / "bert")
-    full = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3, "resample": 2} | preprocessor
+    full = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3, "size": 224, "resample": 2}
     (folder / "preprocessor_config.json").write_text(json.dumps(full))
-    found = open_weights(folder).preprocess
-    assert found["size"] == size
-    assert found["mean"] == (0.5,) * 3
-    assert found["std"] == (0.25,) * 3
-    assert found["interpolation"] == ("bicubic" if full["resample"] == 3 else "bilinear")
+    assert open_weights(folder).preprocess == {"mean": (0.5,) * 3, "std": (0.25,) * 3}
 
 
-@pytest.mark.parametrize("lacking", ["size", "image_mean", "image_std"])
+@pytest.mark.parametrize("lacking", ["image_mean", "image_std"])
 def test_incomplete_preprocessing_is_refused(tmp_path, lacking):
     folder = write_folder(tmp_path / "bert")
     full = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3, "size": 8}

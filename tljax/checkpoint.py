@@ -70,26 +70,26 @@ class Checkpoints:
         with contextlib.closing(self._manager):
             self.wait()
 
-    def restore(self, abstract: Any, step: int | None = None) -> Any:
-        """Read a state, bitwise as saved, onto the shardings of `abstract` (newest step if None).
+    def restore(self, abstract: Any) -> Any:
+        """Read the newest state, bitwise as saved, onto the shardings of `abstract`.
 
         Raises: BadInput for a step that is missing, damaged, of another structure, or trained on
-        another frozen tree than the one that was saved or loaded here.
+        another frozen tree than the one that was saved here.
         """
-        with self._reading(step) as (found, stored, digest):
+        with self._reading() as (step, stored, digest):
             if self._frozen not in (None, digest):
                 raise BadInput(f"it was trained on frozen tree {digest}, this is {self._frozen}")
             _require_equal(stored, abstract)
             args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-            return self._manager.restore(found, args=args)["state"]
+            return self._manager.restore(step, args=args)["state"]
 
-    def read(self, step: int | None = None) -> Tree:
-        """Read the model tree of a step, frozen leaves included, as numpy arrays."""
-        with self._reading(step) as (found, stored, digest):
+    def read(self) -> Tree:
+        """Read the newest model tree, frozen leaves included, as numpy arrays."""
+        with self._reading() as (step, stored, digest):
             wanted = {name: stored[name] for name in ("params", "track")}
             kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
             args = ocp.args.PyTreeRestore(wanted, restore_args=kinds, partial_restore=True)
-            path = self._manager.directory / str(found) / "state"
+            path = self.folder / str(step) / "state"
             parts = ocp.PyTreeCheckpointHandler().restore(path, args=args)
             frozen = unflatten(_load_verified(self._frozen_file(digest))) if digest else {}
         return unflatten(flatten(join(parts["params"], parts["track"], frozen)))
@@ -108,36 +108,27 @@ class Checkpoints:
         return self.folder.parent / "frozen" / f"{digest}.safetensors"
 
     @contextlib.contextmanager
-    def _reading(self, step: int | None) -> Iterator[tuple[int, Tree, str | None]]:
-        """Find a step (the newest for None), its structure and frozen digest; name any damage."""
+    def _reading(self) -> Iterator[tuple[int, Tree, str | None]]:
+        """Find the newest step, its structure and frozen digest; name any damage."""
         self.wait()
-        found = self.latest() if step is None else step
-        others = ", ".join(str(other) for other in self.steps() if other != found) or "none"
-        if found is None or found not in self.steps():
-            raise BadInput(f"no checkpoint of step {step} in {self.folder}; saved steps: {others}")
-        folder = self.folder / str(found)
+        step = self.latest()
+        if step is None:
+            raise BadInput(f"no checkpoint in {self.folder}: nothing was saved yet")
+        others = ", ".join(str(other) for other in self.steps() if other != step) or "none"
         try:
-            metadata = self._manager.metadata(found)
-            yield found, metadata.item_metadata["state"].tree, metadata.custom_metadata["frozen"]
+            metadata = self._manager.metadata(step)
+            yield step, metadata.item_metadata["state"].tree, metadata.custom_metadata["frozen"]
         except Exception as error:  # tensorstore raises a bare Exception with a page of text
             raise BadInput(
-                f"checkpoint of step {found}, {folder}: {str(error).splitlines()[0][:300]}\n"
-                f"nothing was changed; move the folder away to use another step: {others}"
+                f"checkpoint of step {step} in {self.folder}: {str(error).splitlines()[0][:300]}\n"
+                f"nothing was changed; move its folder away to use another step: {others}"
             ) from error
 
 
-def read_tree(path: str | Path) -> Tree:
-    """Read the arrays of a run, of one of its steps, or of a frozen file, as numpy.
-
-    Raises: BadInput if `path` is none of the three.
-    """
-    path = Path(path).absolute()
-    if path.suffix == ".safetensors":
-        return unflatten(_load_verified(path))
-    is_step = path.name.isdigit() and (path / "state").is_dir()
-    folder, step = (path.parent, int(path.name)) if is_step else (path / "checkpoints", None)
-    with contextlib.closing(Checkpoints(folder)) as checkpoints:
-        return checkpoints.read(step)
+def read_tree(workdir: str | Path) -> Tree:
+    """Read the newest model tree of a run as numpy; raises BadInput if there is none."""
+    with contextlib.closing(Checkpoints(Path(workdir) / "checkpoints")) as checkpoints:
+        return checkpoints.read()
 
 
 def write_json(path: str | Path, content: Any) -> None:

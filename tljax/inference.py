@@ -141,11 +141,13 @@ def predictions(run: Finished, rows: Sequence[dict[str, Any]]) -> Iterator[dict[
     for batch in unlabelled(run.data, rows):
         valid = batch["valid"]
         placed = sharding.put_batch(batch, run.mesh)
-        for logits in np.asarray(run.predict(run.tree, placed)["logits"])[valid]:
+        found = np.asarray(run.predict(run.tree, placed)["logits"])[valid]
+        for number, logits in enumerate(found):
             if task == "regress":
                 yield {"value": float(logits[0])}
             elif task == "tag":
-                yield {"labels": [names[i] for i in logits.argmax(-1)]}
+                begins = batch["label"][number] >= 0  # one label a word, as far as the text is read
+                yield {"labels": [names[i] for i in logits.argmax(-1)[begins]]}
             else:
                 several = task == "multilabel"
                 odds = (special.expit if several else special.softmax)(logits.astype(np.float64))

@@ -13,6 +13,7 @@ Ports, the whole list of what a layer does because something is there:
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
@@ -99,9 +100,8 @@ class Dense(nn.Module):
         if self.has_rng("dropout"):
             key, rate = self.make_rng("dropout"), lora["rate"]
             # The rate is data, so that of zero draws no bits at run time.
-            rows = jax.lax.cond(
-                rate > 0, lambda: dropped(rows, rate, key, rows.shape), lambda: rows
-            )
+            drop = lambda x: dropped(x, rate, key, x.shape)  # noqa: E731
+            rows = jax.lax.cond(rate > 0, drop, lambda x: x, rows)
         return (rows @ a) @ b * scale
 
 
@@ -305,16 +305,12 @@ class Attention(nn.Module):
         if x.shape[-1] % self.heads:
             raise BadInput(f"width {x.shape[-1]} does not divide into heads={self.heads}")
 
-        def dense(name: str) -> Dense:
-            return Dense(x.shape[-1], dtype=self.dtype, kernel_init=self.kernel_init, name=name)
-
-        split = "b l (h k) -> b l h k"
-        query, key, value = (
-            rearrange(dense(name)(x), split, h=self.heads) for name in ("query", "key", "value")
-        )
+        dense = partial(Dense, x.shape[-1], dtype=self.dtype, kernel_init=self.kernel_init)
+        heads = (dense(name=name)(x) for name in ("query", "key", "value"))
+        query, key, value = (rearrange(y, "b l (h k) -> b l h k", h=self.heads) for y in heads)
         pairs = None if mask is None else mask[:, None, None, :]
         y = jax.nn.dot_product_attention(query, key, value, mask=pairs)
-        return dense("out")(rearrange(y, "b l h k -> b l (h k)"))
+        return dense(name="out")(rearrange(y, "b l h k -> b l (h k)"))
 
 
 class Mlp(nn.Module):

@@ -280,12 +280,13 @@ def parameter_table(
 
 
 def role_counts(tree: Tree, roles: Tree, unread: Sequence[str] = ()) -> str:
-    """Count parameters, bytes and leaves of each role, one role a line."""
+    """Count parameters, bytes and leaves of each role that there is, one role a line."""
     leaves, role_of = flatten(tree), flatten(roles) | dict.fromkeys(unread, "unread")
     lines = []
     for role in ("train", "track", "freeze", "unread"):
         mine = [leaf for path, leaf in leaves.items() if role_of[path] == role]
         sizes = [math.prod(leaf.shape) for leaf in mine]
         held = sum(n * leaf.dtype.itemsize for n, leaf in zip(sizes, mine, strict=True))
-        lines.append(f"{role}: {sum(sizes):,} parameters, {held:,} bytes, {len(mine)} leaves")
+        text = f"{role}: {sum(sizes):,} parameters, {held:,} bytes, {len(mine)} leaves"
+        lines += [text] if mine else []
     return "\n".join(lines)

@@ -38,7 +38,7 @@ def forward(model: nn.Module, tree: Tree, batch: Batch, key: Key) -> tuple[Outpu
 
 def infer(model: nn.Module, tree: Tree, batch: Batch) -> Output:
     """Run a model as in evaluation, with the averaged parameters where the tree has them."""
-    output: Output = model.apply(variables_of(tree | tree.get("ema", {})), *inputs_of(batch))
+    output: Any = model.apply(variables_of(tree | tree.get("ema", {})), *inputs_of(batch))
     return output
 
 

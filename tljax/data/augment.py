@@ -9,7 +9,7 @@ from jaxtyping import Float32, Num
 from PIL import Image, ImageEnhance, ImageOps
 
 from tljax.data import transforms
-from tljax.data.transforms import Pixels, normalise, resize, to_array, to_pil, to_rgb
+from tljax.data.transforms import Pixels, normalise, resize, to_array, to_pil
 from tljax.types import BadInput
 
 Rng = np.random.Generator
@@ -41,10 +41,8 @@ def random_resized_crop(
     height, width = image.shape[:2]
     box = sample_box(height, width, rng, scale, ratio)
     if box is None:
-        box_height, box_width = (
-            min(height, round(width / ratio[0])),
-            min(width, round(height * ratio[1])),
-        )
+        box_height = min(height, round(width / ratio[0]))
+        box_width = min(width, round(height * ratio[1]))
         box = (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
     top, left, box_height, box_width = box
     return resize(image[top : top + box_height, left : left + box_width], size, size)
@@ -84,7 +82,7 @@ def rand_augment(image: Pixels, rng: Rng, count: int = 2, magnitude: int = 9) ->
 
     Source: Cubuk et al. 2019 (RandAugment), with torchvision's 14 operations and strengths.
     """
-    picture = to_pil(to_rgb(image))
+    picture = to_pil(image).convert("RGB")
     for name in rng.choice(list(RAND_AUGMENT), size=count):
         (least, most), signed, operation = RAND_AUGMENT[str(name)]
         sign = -1 if signed and rng.random() < 0.5 else 1

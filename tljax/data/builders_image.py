@@ -127,9 +127,7 @@ class Fashion(Local, skip_registration=True):
 
     def _rows(self) -> Iterator[Row]:
         for part in ("train", "t10k"):
-            images, labels = (
-                self._idx(f"{part}-{file}") for file in ("images-idx3", "labels-idx1")
-            )
+            images, labels = self._idx(f"{part}-images-idx3"), self._idx(f"{part}-labels-idx1")
             for image, label in zip(images, labels, strict=True):
                 yield part, int(label), {"image": png(image), "label": int(label)}
 
@@ -169,13 +167,12 @@ class Emoji(Local, skip_registration=True):
 
     def _drawn_by_both(self) -> list[tuple[str, str]]:
         listed = json.loads((find_asset("emoji") / "google/package/emoji.json").read_text())
+        pairs = [(emoji["image"], emoji["category"]) for emoji in listed]
+        vendors = [config.name for config in self.BUILDER_CONFIGS]
         return [
-            (emoji["image"], emoji["category"])
-            for emoji in listed
-            if emoji["category"] != "Component"
-            and all(
-                self._file(config.name, emoji["image"]).exists() for config in self.BUILDER_CONFIGS
-            )
+            (image, category)
+            for image, category in pairs
+            if category != "Component" and all(self._file(v, image).exists() for v in vendors)
         ]
 
     def _file(self, vendor: str, image: str) -> Path:

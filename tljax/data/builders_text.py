@@ -123,12 +123,8 @@ def _brown() -> Iterator[tuple[str, str, list[list[tuple[str, ...]]]]]:
     root = find_asset("brown")
     for line in filter(str.strip, (root / "cats.txt").read_text().splitlines()):
         file, genre = line.split()[:2]
-        sentences = map(str.split, (root / file).read_text().splitlines())
-        yield (
-            file,
-            genre,
-            [[tuple(w.rsplit("/", 1)) for w in words] for words in sentences if words],
-        )
+        lines = filter(str.strip, (root / file).read_text().splitlines())
+        yield file, genre, [[tuple(w.rsplit("/", 1)) for w in line.split()] for line in lines]
 
 
 class Pos(Local, skip_registration=True):

@@ -209,8 +209,14 @@ def _texts(data: Data, splits: Splits, vocabulary: Path | None, common: Any) -> 
 
 
 def unlabelled(pipeline: Pipeline, rows: Sequence[dict[str, Any]]) -> Iterator[Batch]:
-    """Yield batches of pictures ({"image": path}) or texts ({"text"}) without labels."""
+    """Yield batches of pictures ({"image": path}) or texts ({"text"}) without labels.
+
+    For tag, the label is 0 where a word begins, so that its prediction can be read there.
+    """
+    is_tag = pipeline.task == "tag"
+    if is_tag:
+        rows = [row | {"label": [0] * len(row["text"].split(" "))} for row in rows]
     source: Any = Rows(rows, None)
     if pipeline.tokenizer is not None:
-        source = encode(source, pipeline.tokenizer, Info("text"))
+        source = encode(source, pipeline.tokenizer, Info("text", "tag" if is_tag else None))
     return pipeline.batches_of(source)

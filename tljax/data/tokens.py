@@ -7,7 +7,7 @@ from typing import Self
 
 import numpy as np
 import tokenizers
-from jaxtyping import Int, Int32
+from jaxtyping import Int32
 from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 
 from tljax.data.sources import Info, Labels, Source, Splits
@@ -15,6 +15,7 @@ from tljax.types import BadInput
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 Ids = Int32[np.ndarray, " n"]
+IdRows = Sequence[Ids] | Int32[np.ndarray, "n l"]
 _CHUNK = 10_000  # texts handed to the tokenizer at once: bounds its memory, keeps its threads busy
 
 
@@ -33,67 +34,53 @@ class Tokenizer:
 
     @classmethod
     def from_file(cls, path: str | Path, max_length: int = 128) -> Self:
-        """Read a tokenizer.json, or a vocab.txt (cased when it holds capitals outside brackets)."""
-        path = Path(path)
-        if not path.is_file():
-            raise BadInput(f"no tokenizer at {path}: expected a tokenizer.json or a vocab.txt")
-        if path.suffix == ".json":
-            return cls(tokenizers.Tokenizer.from_file(str(path)), max_length)
-        tokens = path.read_text("utf8").splitlines()
-        lower = all(token == token.lower() or token.startswith("[") for token in tokens)
-        return cls(_bert({token: i for i, token in enumerate(tokens)}, lower), max_length)
+        """Read a tokenizer.json."""
+        if not Path(path).is_file():
+            raise BadInput(f"no tokenizer at {path}: expected a tokenizer.json")
+        return cls(tokenizers.Tokenizer.from_file(str(path)), max_length)
 
     def save(self, path: str | Path) -> None:
         """Write a tokenizer.json."""
         self.inner.save(str(path))
 
 
-def _bert(vocab: dict[str, int], lowercase: bool) -> tokenizers.Tokenizer:
-    inner = tokenizers.Tokenizer(models.WordPiece(vocab, unk_token="[UNK]"))
-    inner.normalizer = normalizers.BertNormalizer(lowercase=lowercase)
-    inner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    if all(token in vocab for token in SPECIAL):
-        inner.add_special_tokens(list(SPECIAL))
-        ends = ("[SEP]", vocab["[SEP]"]), ("[CLS]", vocab["[CLS]"])
-        inner.post_processor = processors.BertProcessing(*ends)
-    return inner
-
-
 def train_wordpiece(texts: Iterable[str], vocab_size: int, max_length: int = 128) -> Tokenizer:
     """Learn a lower-case WordPiece vocabulary; special tokens get the first ids."""
-    learner = _bert({}, lowercase=True)
+    inner = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    inner.normalizer = normalizers.BertNormalizer(lowercase=True)
+    inner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab_size, special_tokens=list(SPECIAL), show_progress=False
     )
-    learner.train_from_iterator(texts, trainer)
-    return Tokenizer(_bert(learner.get_vocab(), lowercase=True), max_length)
+    inner.train_from_iterator(texts, trainer)
+    ends = ((token, inner.token_to_id(token)) for token in ("[SEP]", "[CLS]"))
+    inner.post_processor = processors.BertProcessing(*ends)
+    return Tokenizer(inner, max_length)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Encoded(Source):
-    """A source of token ids, kept flat in memory; examples come out padded to `length`."""
+    """A source of token ids; examples come out padded to `length`."""
 
-    ids: Ids
-    types: Ids
-    starts: Int[np.ndarray, " n"]
+    ids: IdRows
+    types: IdRows
     length: int
     pad: int
-    tags: Ids | None = None
+    tags: IdRows | None = None
     labels: Labels | None = None
 
     def __len__(self) -> int:
-        return len(self.starts) - 1
+        return len(self.ids)
 
     def __getitem__(self, i: int) -> dict[str, np.ndarray]:
         """Give {input_ids, attention_mask, token_type_ids} of `length`, and the label if any."""
-        ids, types = (flat[self.starts[i] : self.starts[i + 1]] for flat in (self.ids, self.types))
         example = {
-            "input_ids": self._padded(ids, self.pad),
-            "attention_mask": self._padded(np.ones_like(ids), 0),
-            "token_type_ids": self._padded(types, 0),
+            "input_ids": self._padded(self.ids[i], self.pad),
+            "attention_mask": self._padded(np.ones_like(self.ids[i]), 0),
+            "token_type_ids": self._padded(self.types[i], 0),
         }
         if self.tags is not None:
-            example["label"] = self._padded(self.tags[self.starts[i] : self.starts[i + 1]], -1)
+            example["label"] = self._padded(self.tags[i], -1)
         elif self.labels is not None:
             example["label"] = self.labels[i]
         return example
@@ -108,8 +95,8 @@ def encode(source: Source, tokenizer: Tokenizer, info: Info) -> Encoded:
     Tags stand on the first piece of their word, -1 on other pieces and special tokens.
     """
     ids, types, tags = [], [], []
+    tagged = info.task == "tag"
     for rows in _chunks(source):
-        tagged = info.task == "tag"
         texts = [row["text"].split(" ") if tagged else _pair(row) for row in rows]
         encodings = tokenizer.inner.encode_batch(texts, is_pretokenized=tagged)
         ids += [np.asarray(encoding.ids, np.int32) for encoding in encodings]
@@ -117,16 +104,8 @@ def encode(source: Source, tokenizer: Tokenizer, info: Info) -> Encoded:
         if tagged:
             pairs = zip(encodings, rows, strict=True)
             tags += [_on_first_piece(encoding.word_ids, row["label"]) for encoding, row in pairs]
-    sizes = [len(row) for row in ids]
-    return Encoded(
-        ids=np.concatenate(ids),
-        types=np.concatenate(types),
-        tags=np.concatenate(tags) if tags else None,
-        starts=np.cumsum([0, *sizes]),
-        labels=source.labels,
-        length=-(-max(sizes) // 8) * 8,
-        pad=tokenizer.pad,
-    )
+    shape = {"length": -(-max(map(len, ids)) // 8) * 8, "pad": tokenizer.pad}
+    return Encoded(ids=ids, types=types, tags=tags or None, labels=source.labels, **shape)
 
 
 def encode_splits(splits: Splits, tokenizer: Tokenizer) -> Splits:
@@ -171,13 +150,7 @@ def pack(source: Source, tokenizer: Tokenizer, length: int) -> Encoded:
     table = np.full((count, length), tokenizer.sep, np.int32)
     table[:, 0] = tokenizer.cls
     table[:, 1:-1] = joined[: count * (length - 2)].reshape(count, length - 2)
-    return Encoded(
-        ids=table.reshape(-1),
-        types=np.zeros(table.size, np.int32),
-        starts=np.arange(count + 1) * length,
-        length=length,
-        pad=tokenizer.pad,
-    )
+    return Encoded(ids=table, types=np.zeros_like(table), length=length, pad=tokenizer.pad)
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,6 @@ def to_array(image: Image.Image) -> Pixels:
     return pixels[:, :, None] if pixels.ndim == 2 else pixels
 
 
-def to_rgb(image: Pixels) -> Pixels:
-    """Replicate grey to three channels."""
-    return np.repeat(image, 3, axis=2) if image.shape[2] == 1 else image
-
-
 def resize(image: Pixels, height: int, width: int) -> Pixels:
     """Resize with Pillow's bicubic filter, which is wide enough not to alias when shrinking."""
     if image.shape[:2] == (height, width):
@@ -51,17 +46,15 @@ def normalise(
 class FitImage:
     """Bring images to `size` x `size` bytes: shorter side to `resize`, then the middle.
 
-    resize=None stretches to the square.  Deterministic, so that `cached` may remember the result.
+    Deterministic, so that `cached` may remember the result.
     """
 
     size: int
-    resize: int | None = None
+    resize: int
 
     def __call__(self, example: dict) -> dict:
         """Replace the image of an example."""
         image = example["image"]
-        if self.resize is None:
-            return {**example, "image": resize(image, self.size, self.size)}
         height, width = (side * self.resize // min(image.shape[:2]) for side in image.shape[:2])
         return {**example, "image": center_crop(resize(image, height, width), self.size)}
 

@@ -1,7 +1,6 @@
 """Loading as a tree edit: every leaf of both sides is loaded, fresh or ignored."""
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -43,8 +42,7 @@ class Row(NamedTuple):
     detail: str  # the shape, or why
 
 
-@dataclass(frozen=True)
-class Report:
+class Report(NamedTuple):
     """The account of a load: target leaves in order, then ignored source leaves."""
 
     rows: tuple[Row, ...]
@@ -83,38 +81,28 @@ def load(
     why_fresh = flatten(label(target, fresh, None))
     why_ignored = flatten(label(source, ignored, None))
     usable = given.keys() - why_ignored.keys()
-    _require_all_named(usable, wanted, why_fresh)
-    values, rows = {}, []
-    for path, leaf in wanted.items():
-        if path in why_fresh:
-            rows.append(Row(path, "fresh", why_fresh[path]))
-            continue
-        values[path] = given[path]
-        if given[path].shape != leaf.shape:
+    if lacking := [path for path in wanted if path not in usable | why_fresh.keys()]:
+        raise BadInput(
+            f"the source has no {lacking[0]} (nearest there: {nearest(lacking[0], usable)})\n"
+            "to keep its initial value, name it in a `fresh` rule with the reason"
+        )
+    if extra := sorted(usable - wanted.keys()):
+        raise BadInput(
+            f"the model has no {extra[0]} (nearest there: {nearest(extra[0], wanted)})\n"
+            "to leave it out, name it in an `ignored` rule with the reason"
+        )
+    values = {path: given[path] for path in wanted if path not in why_fresh}
+    for path, leaf in values.items():
+        if leaf.shape != wanted[path].shape:
             raise BadInput(
-                f"{path}: the source gives shape {given[path].shape}, the model expects "
-                f"{leaf.shape}\nname it in a `fresh` rule to start it anew"
+                f"{path}: the source gives shape {leaf.shape}, the model expects "
+                f"{wanted[path].shape}\nname it in a `fresh` rule to start it anew"
             )
-        rows.append(Row(path, "loaded", str(leaf.shape)))
+    shapes = {path: ("loaded", str(leaf.shape)) for path, leaf in values.items()}
+    reasons = {path: ("fresh", why) for path, why in why_fresh.items()}
     unused = {path: (why_fresh | why_ignored)[path] for path in given if path not in values}
+    status = shapes | reasons
+    rows = [Row(path, *status[path]) for path in wanted]
     rows += [Row(path, "ignored", why) for path, why in unused.items()]
     used = sum(leaf.size for leaf in values.values()) / sum(leaf.size for leaf in given.values())
     return Load(values), Report(tuple(rows), used, unused)
-
-
-def _require_all_named(
-    usable: Collection[str], wanted: Collection[str], fresh: Collection[str]
-) -> None:
-    """Raise BadInput for a leaf of either side that the other lacks and no rule names."""
-    for path in wanted:
-        if path not in fresh and path not in usable:
-            raise BadInput(
-                f"the source has no {path} (nearest there: {nearest(path, usable)})\n"
-                f"to keep its initial value, name it in a `fresh` rule with the reason"
-            )
-    for path in sorted(usable):
-        if path not in wanted:
-            raise BadInput(
-                f"the model has no {path} (nearest there: {nearest(path, wanted)})\n"
-                f"to leave it out, name it in an `ignored` rule with the reason"
-            )

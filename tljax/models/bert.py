@@ -84,10 +84,9 @@ class MaskedLanguageHead(nn.Module):
     @nn.compact
     def __call__(self, tokens: Tokens, embed: TokenEmbed) -> Float[Array, "b l v"]:
         act = layers.choose(layers.ACTIVATIONS, self.activation, "activation")
-        x = layers.Dense(
-            tokens.shape[-1], dtype=self.dtype, kernel_init=layers.small_normal, name="dense"
-        )(tokens)
-        scores = embed.attend(layers.LayerNorm(self.eps, self.dtype, name="norm")(act(x)))
+        options = {"dtype": self.dtype, "kernel_init": layers.small_normal, "name": "dense"}
+        x = act(layers.Dense(tokens.shape[-1], **options)(tokens))
+        scores = embed.attend(layers.LayerNorm(self.eps, self.dtype, name="norm")(x))
         bias = self.param("bias", nn.initializers.zeros, (self.vocab,), jnp.float32)
         return scores.astype(jnp.float32) + layers.along_last(bias, scores).astype(jnp.float32)
 
@@ -145,15 +144,13 @@ class Bert(nn.Module):
 
     def pooled(self, x: Tokens, mask: Bool[Array, "b l"] | None) -> Float[Array, "b d"]:
         """Pool the tokens."""
-        pools = {"cls": lambda: x[:, 0], "mean": lambda: masked_mean(x, mask)}
-        if self.pooler or self.pool == "pooler":
-            dense = layers.Dense(
-                self.width, dtype=self.dtype, kernel_init=layers.small_normal, name="pooler"
-            )
-            pools["pooler"] = lambda: jnp.tanh(dense(x[:, 0]))
-            if self.is_initializing():
-                pools["pooler"]()
-        return layers.choose(pools, self.pool, "pool")()
+        pools = {"cls": x[:, 0], "mean": masked_mean(x, mask), "pooler": x[:, 0]}
+        pooled = layers.choose(pools, self.pool, "pool")
+        if self.pool == "pooler" or (self.pooler and self.is_initializing()):
+            options = {"dtype": self.dtype, "kernel_init": layers.small_normal, "name": "pooler"}
+            projected = jnp.tanh(layers.Dense(self.width, **options)(x[:, 0]))
+            return projected if self.pool == "pooler" else pooled
+        return pooled
 
 
 def masked_mean(x: Tokens, mask: Bool[Array, "b l"] | None) -> Float[Array, "b d"]:

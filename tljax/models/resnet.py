@@ -47,12 +47,12 @@ class Block(nn.Module):
         name = f"conv{index + 1}"
         return self.conv(self.widths[index], size, stride, padding=size // 2, name=name)(x)
 
-    def shortcut(self, x: Image, norm: Callable[..., nn.Module] | None) -> Map | None:
-        """Return the projected x, or None where width and stride stay as they are."""
+    def shortcut(self, x: Image, source: Image, norm: Callable[..., nn.Module] | None) -> Map:
+        """Return x where width and stride stay as they are, else the projected `source`."""
         if self.stride == 1 and x.shape[-1] == self.widths[-1]:
-            return None
+            return x
         conv = partial(self.conv, self.widths[-1], 1, self.stride)
-        return ConvNorm(conv, norm, name="shortcut")(x)
+        return ConvNorm(conv, norm, name="shortcut")(source)
 
 
 class PostNormBlock(Block):
@@ -63,12 +63,11 @@ class PostNormBlock(Block):
 
     @nn.compact
     def __call__(self, x: Image) -> Map:
-        y, last = x, len(self.widths) - 1
-        for index in range(last + 1):
+        y = x
+        for index in range(len(self.widths)):
+            y = y if index == 0 else jax.nn.relu(y)
             y = self.norm(name=f"norm{index + 1}")(self.convolve(y, index))
-            y = y if index == last else jax.nn.relu(y)
-        projected = self.shortcut(x, self.norm)
-        return jax.nn.relu(y + (x if projected is None else projected))
+        return jax.nn.relu(y + self.shortcut(x, x, self.norm))
 
 
 class PreNormBlock(Block):
@@ -80,12 +79,12 @@ class PreNormBlock(Block):
 
     @nn.compact
     def __call__(self, x: Image) -> Map:
-        y, projected = x, None
+        y = x
         for index in range(len(self.widths)):
             y = jax.nn.relu(self.norm(name=f"norm{index + 1}")(y))
-            projected = self.shortcut(y, None) if index == 0 else projected
+            x = self.shortcut(x, y, None) if index == 0 else x
             y = self.convolve(y, index)
-        return y + (x if projected is None else projected)
+        return y + x
 
 
 class ResNet(nn.Module):
@@ -131,7 +130,7 @@ class ResNet(nn.Module):
             # BiT pads its pool with zeros; after relu that is the same as torch's -inf.
             x = nn.max_pool(jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), (3, 3), (2, 2))
         x = layers.Blocks(make, len(layout), self.read, name="blocks")(x)
-        if pre and self.reads_all():
+        if pre and layers.last_block(self.read, len(layout)) == len(layout) - 1:
             x = jax.nn.relu(norm(name="norm")(x))
         elif pre and self.is_initializing():  # a block below has another width: only create it
             norm(name="norm")(jnp.zeros((1, 1, 1, self.widths(len(self.stages) - 1)[-1])))
@@ -143,8 +142,3 @@ class ResNet(nn.Module):
         """Return the channels after each convolution of a stage's blocks."""
         width = self.width * 2**stage
         return (width, width, 4 * width) if self.bottleneck else (width, width)
-
-    def reads_all(self) -> bool:
-        """Tell whether the last block is the one that is read."""
-        depth = sum(self.stages)
-        return layers.last_block(self.read, depth) == depth - 1

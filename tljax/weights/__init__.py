@@ -22,7 +22,7 @@ class Source:
     arch: str  # "vit", "bert" or "resnet"
     fields: Mapping[str, Any]  # arguments of the model's class, without its heads
     tree: Tree
-    preprocess: Mapping[str, Any] | None  # size (pixels), mean and std (of 0..1), interpolation
+    preprocess: Mapping[str, Any] | None  # mean and std (of 0..1) of images
     tokenizer: Path | None  # tokenizer.json
     labels: tuple[str, ...] | None
     origin: str
@@ -41,10 +41,8 @@ DINOV2: Mapping[str, Any] = {
     "image_size": 518, "patch_size": 14,
 }  # fmt: skip
 IMAGENET: Mapping[str, Any] = {
-    "size": 224, "resample": 3,
     "image_mean": (0.485, 0.456, 0.406), "image_std": (0.229, 0.224, 0.225),
 }  # fmt: skip
-INTERPOLATIONS = ("nearest", "lanczos", "bilinear", "bicubic")  # by PIL's number
 
 
 def open_weights(name_or_path: str | Path) -> Source:
@@ -119,13 +117,7 @@ def _read_json(path: Path) -> Mapping[str, Any]:
 
 def _preprocess(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
     try:
-        size = config["crop_size"] if config.get("do_center_crop") else config["size"]
-        return {
-            "size": next(iter(size.values())) if isinstance(size, dict) else size,
-            "mean": tuple(config["image_mean"]),
-            "std": tuple(config["image_std"]),
-            "interpolation": INTERPOLATIONS[config.get("resample", 2)],
-        }
-    except (KeyError, IndexError, TypeError) as error:
+        return {name: tuple(config[f"image_{name}"]) for name in ("mean", "std")}
+    except (KeyError, TypeError) as error:
         where = path.with_name("preprocessor_config.json")
         raise BadInput(f"{where}: no or no usable value for {error}") from None

@@ -34,7 +34,12 @@ KINDS: Mapping[str, tuple[tuple[str, str, str, Axes], ...]] = {
 }
 """Foreign suffix, collection, tljax suffix and axes of each leaf."""
 
-_VIT_COMMON = """
+_MLP_HEAD = """
+body encoder.layer.{i}.intermediate.dense blocks/{i}/mlp/up dense
+body encoder.layer.{i}.output.dense blocks/{i}/mlp/down dense
+head classifier head dense
+"""
+_VIT = """
 body embeddings.cls_token embed/cls leaf
 body embeddings.position_embeddings embed/pos leaf
 body embeddings.patch_embeddings.projection embed/patch conv+bias
@@ -42,12 +47,9 @@ body layernorm norm norm
 body encoder.layer.{i}.attention.attention.{a} blocks/{i}/attention/{a} dense
 body encoder.layer.{i}.attention.output.dense blocks/{i}/attention/out dense
 """
-_VIT = """
+_VIT_NORMS = """
 body encoder.layer.{i}.layernorm_before blocks/{i}/norm1 norm
 body encoder.layer.{i}.layernorm_after blocks/{i}/norm2 norm
-body encoder.layer.{i}.intermediate.dense blocks/{i}/mlp/up dense
-body encoder.layer.{i}.output.dense blocks/{i}/mlp/down dense
-head classifier head dense
 """
 _DINOV2 = """
 body encoder.layer.{i}.norm1 blocks/{i}/norm1 norm
@@ -66,11 +68,8 @@ body embeddings.LayerNorm embed/norm norm
 body encoder.layer.{i}.attention.self.{a} blocks/{i}/attention/{a} dense
 body encoder.layer.{i}.attention.output.dense blocks/{i}/attention/out dense
 body encoder.layer.{i}.attention.output.LayerNorm blocks/{i}/norm1 norm
-body encoder.layer.{i}.intermediate.dense blocks/{i}/mlp/up dense
-body encoder.layer.{i}.output.dense blocks/{i}/mlp/down dense
 body encoder.layer.{i}.output.LayerNorm blocks/{i}/norm2 norm
 pooler pooler.dense pooler dense
-head classifier head dense
 mlm cls.predictions.transform.dense mlm/dense dense
 mlm cls.predictions.transform.LayerNorm mlm/norm norm
 mlm cls.predictions.bias mlm/bias leaf
@@ -88,7 +87,7 @@ _RESNET_SHORTCUT = """
 body {block}.shortcut.convolution blocks/{i}/shortcut/conv conv
 body {block}.shortcut.normalization blocks/{i}/shortcut/norm batchnorm
 """
-TABLES = {"vit": _VIT_COMMON + _VIT, "dinov2": _VIT_COMMON + _DINOV2, "bert": _BERT}
+TABLES = {"vit": _VIT + _VIT_NORMS + _MLP_HEAD, "dinov2": _VIT + _DINOV2, "bert": _BERT + _MLP_HEAD}
 ARCHS = {"vit": "vit", "dinov2": "vit", "bert": "bert", "resnet": "resnet"}
 """Foreign model type -> tljax model."""
 IGNORED = {
