@@ -9,7 +9,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 ASSETS := PYTHON=$(BIN)/python launch/assets.sh
 GO_ON := || echo "going on with what is there"
 NAMES ?=
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= -n 2 --dist loadfile
 
 .PHONY: help install assets demo demo-fast test test-slow lint types check clean
 help: ## say what the targets do

@@ -23,7 +23,7 @@ ORDER = [
     {"evaluate", "source"},
     {"build"},
     {"train"},
-    {"caching", "inference"},
+    {"inference"},
     {"demo"},
     {"__main__"},
 ]

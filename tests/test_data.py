@@ -12,7 +12,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from tljax.data.builders_image import find_asset, stratified_order
-from tljax.data.loader import cached, eval_batches, prefetch_to_device, train_batches
+from tljax.data.loader import Cached, eval_batches, prefetch_to_device, train_batches
 from tljax.data.sources import Info, Rows, Source, open_data, subset
 from tljax.data.tokens import MaskTokens, Tokenizer, encode, pack, train_wordpiece
 from tljax.types import BadInput
@@ -385,7 +385,7 @@ def test_cache_keeps_prepared_then_raw_then_nothing(limit, reads, prepares):
         counts["prepares"] += 1
         return {**example, "image": np.repeat(example["image"], 4)}
 
-    source = cached(Counting(20), prepare, limit)
+    source = Cached(Counting(20), prepare, limit)
     counts.update(reads=0, prepares=0)
     for _ in range(2):
         rows = source.__getitems__(range(20))

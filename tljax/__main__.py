@@ -68,11 +68,14 @@ def overrides_of(rest: Sequence[str], verb: str, parser: argparse.ArgumentParser
 def run(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
     """Do what the verb says."""
     # Imported late, so that --help and a misspelt verb answer at once.
+    import jax
+
     from tljax import inference, train
     from tljax.build import build, precision, read_config
-    from tljax.caching import use_compilation_cache
 
-    use_compilation_cache()
+    # A program that was compiled once starts at once; JAX_COMPILATION_CACHE_DIR moves the cache.
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache/tljax/jax"))
     if arguments.verb in ("train", "inspect"):
         config = read_config(arguments.config, overrides)
         with precision(config):

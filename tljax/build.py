@@ -22,6 +22,7 @@ from tljax import objectives, optim, sharding
 from tljax.config import Config, parse
 from tljax.data.pipeline import Pipeline, open_pipeline
 from tljax.edits.load import Report, load
+from tljax.layers import choose
 from tljax.models.bert import Bert
 from tljax.models.resnet import ResNet
 from tljax.models.vit import ViT
@@ -30,20 +31,13 @@ from tljax.state import Roles, State, apply_edits, assign_roles, make_birth, opt
 from tljax.step import Shardings, make_step
 from tljax.strategies import STRATEGIES, Average, Strategy
 from tljax.tree import flatten, nearest, split
-from tljax.types import BadInput, Edit, Key, Tree
+from tljax.types import BadInput, Edit, Key, Rules, Tree
 from tljax.weights import Source
 
 MODELS: dict[str, type[nn.Module]] = {"vit": ViT, "resnet": ResNet, "bert": Bert}
 DECIDED = {"parent", "name", "dtype", "num_classes", "mlm", "tokens", "tree", "source"}
 """Arguments that the data, the task or the build decide: no option of a config."""
 CHANCES = {"dropout", "drop_path"}
-
-
-def pick(table: Mapping[str, Any], name: str, what: str) -> Any:
-    """Look a name up in a table; raises BadInput with the nearest names."""
-    if name not in table:
-        raise BadInput(f"unknown {what} {name!r}; did you mean {nearest(name, table)}?")
-    return table[name]
 
 
 def check_options(function: Callable[..., Any], options: Mapping[str, Any], where: str) -> None:
@@ -143,16 +137,13 @@ class Experiment:
     """Everything a run needs, decided and checked; nothing is compiled yet."""
 
     config: Config
-    model: nn.Module
     facts: dict[str, Any]
-    task: str
     data: Pipeline
     mesh: sharding.Mesh
     tree: Tree
     roles: Roles
     specs: Tree
     shardings: Shardings
-    edits: tuple[Edit, ...]
     birth: Callable[[Key], tuple[State, Tree]]
     abstract: tuple[State, Tree]
     step: jax.stages.Wrapped
@@ -179,14 +170,14 @@ def make_model(
     name = source.arch if source else config.model["name"]
     if config.model.get("name", name) != name:
         raise BadInput(f"weights {config.weights!r} are a {name}, not a {config.model['name']}")
-    kind = pick(MODELS, name, "model")
+    kind = choose(MODELS, name, "model.name")
     check_options(kind, overrides, "model")
     if (pipeline.tokenizer is None) == (name == "bert"):
         raise BadInput(f"a {name} cannot read data {config.data.name!r}: text goes with bert")
     fields = dict(source.fields) if source else derived_fields(name, config, pipeline)
     fields = {name: value for name, value in fields.items() if name not in DECIDED} | overrides
     is_mlm = pipeline.task == "mlm"
-    fields["num_classes"] = None if is_mlm else pipeline.num_outputs
+    fields["num_classes"] = None if is_mlm else pipeline.splits.info.num_outputs
     if name == "bert":
         fields |= {"mlm": is_mlm, "tokens": pipeline.task == "tag"}
     facts = {"name": name, "fields": fields, "task": pipeline.task, "labels": pipeline.labels}
@@ -194,22 +185,28 @@ def make_model(
     return model, facts | {"preprocess": pipeline.preprocess}
 
 
-def load_edit(source: Source, abstract: Tree, labels: Any) -> tuple[tuple[Edit, ...], Report]:
+def load_edit(
+    source: Source, abstract: Tree, labels: Any, adapted: Rules
+) -> tuple[tuple[Edit, ...], Report]:
     """Match a source to the model's tree; heads for other labels start fresh."""
     same_task = labels is not None and source.labels == labels
     have, want = flatten(source.tree), flatten(abstract)
     heads = [path for path in {**have, **want} if path.split("/")[1] in ("head", "mlm", "pooler")]
-    fresh = [
-        (path, "head of a new task" if path in have else "not in the source")
-        for path in heads
-        if path in want and (path not in have or ("/head/" in path and not same_task))
-    ]
-    named = {path for path, _ in fresh}
-    ignored = [
-        (path, "the model has no such head") for path in heads if path in have and path not in want
-    ] + [(path, "head of another task") for path in heads if path in have and path in named]
-    edit, report = load(source.tree, abstract, fresh=fresh, ignored=ignored)
+    reset = [path for path in heads if path in want and "/head/" in path and not same_task]
+    fresh = [(path, "not in the source") for path in heads if path not in have]
+    fresh += [(path, "head of a new task") for path in reset if path in have]
+    ignored = [(path, "the model has no such head") for path in heads if path not in want]
+    ignored += [(path, "head of another task") for path in reset if path in have]
+    edit, report = load(source.tree, abstract, fresh=fresh, adapted=adapted, ignored=ignored)
     return (edit,), report
+
+
+def adaptations(model: nn.Module, image_size: int) -> Rules:
+    """Name the leaves that a model changes as it reads them, and how."""
+    cells = (image_size // model.patch,) * 2 if isinstance(model, ViT) else None
+    if cells is None or cells == tuple(model.grid):
+        return ()
+    return (("params/embed/pos", f"resampled in the call, {model.grid} -> {cells}, bicubic"),)
 
 
 def open_parts(config: Config) -> tuple[Source | None, Pipeline]:
@@ -231,16 +228,21 @@ def build(config: Config, parts: tuple[Source | None, Pipeline] | None = None) -
     """Decide and check everything a run needs; raises BadInput before anything is compiled."""
     mesh = sharding.make_mesh(**config.mesh.model_dump())
     sharding.check_batch(config.run.batch, mesh, config.run.microbatches)
-    pick(STRATEGIES, config.strategy.name, "strategy")
+    choose(STRATEGIES, config.strategy.name, "strategy.name")
     source, pipeline = parts or open_parts(config)
     task = pipeline.task
     model, facts = make_model(config, source, pipeline)
-    batch = pipeline.example_batch()
+    batch = pipeline.example_batch
     init = partial(init_model, model, batch)
     key = jax.random.key(config.seed)
     tree = jax.eval_shape(init, key)
-    source_edits, report = load_edit(source, tree, pipeline.labels) if source else ((), None)
+    source_edits: tuple[Edit, ...] = ()
+    report = None
+    if source:
+        adapted = adaptations(model, config.data.image_size)
+        source_edits, report = load_edit(source, tree, pipeline.labels, adapted)
     strategy = make_strategy(config, tree, source_edits, getattr(model, "read", None))
+    loads = any(edit is other for edit in strategy.edits for other in source_edits)
     tree = jax.eval_shape(partial(apply_edits, strategy.edits), tree, key)
     objective = objectives.add(objectives.make_objective(task, model), *strategy.terms)
     objective = sharding.under(mesh, objective)
@@ -258,21 +260,18 @@ def build(config: Config, parts: tuple[Source | None, Pipeline] | None = None) -
     predict = sharding.under(mesh, objectives.make_predict(task, model))
     return Experiment(
         config=config,
-        model=model,
         facts=facts,
-        task=task,
         data=pipeline,
         mesh=mesh,
         tree=tree,
         roles=roles,
         specs=specs,
         shardings=shardings,
-        edits=strategy.edits,
         birth=partial(with_sharding, strategy.edits),
         abstract=place(abstract, (shardings.state, shardings.frozen)),
         step=make_step(objective, tx, config.seed, shardings, config.run.microbatches),
         predict=jax.jit(predict, out_shardings=shardings.scalar),
-        report=report,
+        report=report if loads else None,
         digest=source.digest if source else "",
     )
 
@@ -287,12 +286,12 @@ def make_strategy(
     config: Config, tree: Tree, source: tuple[Edit, ...], read: str | None
 ) -> Strategy:
     """Apply the strategy's name and options to the tree; an average is one more edit and role."""
-    function = pick(STRATEGIES, config.strategy.name, "strategy")
+    function = STRATEGIES[config.strategy.name]
     check_options(function, config.strategy.options(), f"strategy {config.strategy.name}")
     strategy = function(tree, source, read, **config.strategy.options())
     if not config.run.ema:
         return strategy
-    edits = (*strategy.edits, Average())
+    edits: tuple[Edit, ...] = (*strategy.edits, Average())
     return Strategy(edits, (*strategy.roles, ("ema/**", "track")), strategy.groups, strategy.terms)
 
 

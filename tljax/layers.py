@@ -83,7 +83,7 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x: Features) -> Projected:
-        # On XLA:CPU the weight gradient of the unflattened product is 3 times slower.
+        # Unflattened, the weight gradient is slower on XLA:CPU: benchmarks/flattening.py.
         rows = x.reshape(-1, x.shape[-1]).astype(self.dtype)
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
         y = rows @ kernel.astype(self.dtype)

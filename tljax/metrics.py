@@ -173,8 +173,8 @@ def ratio(counts: Num[np.ndarray, "n 2"]) -> float:
 
 def wilson(successes: int, trials: int, level: float = 0.95) -> tuple[float, float]:
     """Bound a proportion.  Source: Wilson 1927, the score interval."""
-    bounds = stats.binomtest(successes, trials).proportion_ci(level, method="wilson")
-    return float(bounds.low), float(bounds.high)
+    low, high = stats.binomtest(successes, trials).proportion_ci(level, method="wilson")
+    return float(low), float(high)
 
 
 def bootstrap(

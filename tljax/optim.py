@@ -58,9 +58,7 @@ def decay_mask(params: Tree) -> Tree:
 
 def scale_leaves(factors: Tree) -> optax.GradientTransformation:
     """Multiply every update by its leaf's factor (python floats, fixed at trace time)."""
-    return optax.stateless(
-        lambda updates, _: jax.tree.map(lambda u, f: u if f == 1.0 else u * f, updates, factors)
-    )
+    return optax.stateless(lambda updates, _: optax.tree.mul(updates, factors))
 
 
 def decay_leaves(factors: Tree) -> optax.GradientTransformation:

@@ -73,8 +73,7 @@ def specs(tree: Tree, mesh: Mesh, rules: Rules = ()) -> Tree:
 
 def on(mesh: Mesh, spec_tree: Tree) -> Tree:
     """Turn PartitionSpecs into shardings on a mesh."""
-    is_spec = lambda x: isinstance(x, P)  # noqa: E731 - a predicate, not a function of the module
-    return jax.tree.map(lambda spec: NamedSharding(mesh, spec), spec_tree, is_leaf=is_spec)
+    return map_with_path(lambda _, spec: NamedSharding(mesh, spec), spec_tree)
 
 
 def under(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:

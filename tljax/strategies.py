@@ -107,11 +107,7 @@ def blocks_read(tree: Tree, read: str | None) -> list[str]:
 
 
 def last_k(
-    tree: Tree,
-    source: tuple[Edit, ...],
-    read: str | None,
-    k: int = 2,
-    head_rate: float = 1.0,
+    tree: Tree, source: tuple[Edit, ...], read: str | None, k: int = 2, head_rate: float = 1.0
 ) -> Strategy:
     """Train the last k blocks that are read, the final norm and the head.
 

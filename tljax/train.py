@@ -31,7 +31,7 @@ UNITS = ("", "k", "M", "G", "T", "P")
 
 def compile_step(experiment: Experiment) -> jax.stages.Compiled:
     """Compile the step ahead of time: the run's only compilation of it."""
-    batch = experiment.data.example_batch()
+    batch = experiment.data.example_batch
     placed = {
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=experiment.shardings.batch)
         for name, leaf in batch.items()
@@ -92,16 +92,13 @@ def begin(experiment: Experiment, checkpoints: Checkpoints) -> tuple[State, Tree
 
 
 def advance(
-    experiment: Experiment,
-    compiled: jax.stages.Compiled,
-    state: State,
-    frozen: Tree,
-    start: int = 0,
+    experiment: Experiment, compiled: jax.stages.Compiled, born: tuple[State, Tree], start: int = 0
 ) -> Iterator[tuple[int, State, dict[str, jax.Array]]]:
     """Yield (step, state, metrics) after every step; nothing waits for the device.
 
     The state is donated to the following step: keep what you need of it before asking for more.
     """
+    state, frozen = born
     host = experiment.data.train_batches(start)
     batches = prefetch_to_device(host, lambda batch: put_batch(batch, experiment.mesh))
     for step in range(start + 1, experiment.config.run.steps + 1):
@@ -113,7 +110,7 @@ def score(experiment: Experiment, tree: Tree, split: str) -> dict[str, float]:
     """Evaluate a whole tree on the validation or test split, exactly."""
     put = (put_batch(batch, experiment.mesh) for batch in experiment.data.eval_batches(split))
     names = experiment.data.labels
-    return evaluate(experiment.predict, (tree,), put, experiment.task, names)
+    return evaluate(experiment.predict, (tree,), put, experiment.data.task, names)
 
 
 class Intervals:
@@ -165,7 +162,7 @@ def train(experiment: Experiment, workdir: Path) -> dict[str, Any]:
         start, state = int(born.step), born
         logger = stack.enter_context(closing(Logger(workdir, run.steps, resumed=start or None)))
         intervals = Intervals(logger, run.log_every, run.steps)
-        for step, state, metrics in advance(experiment, compiled, born, frozen, start):
+        for step, state, metrics in advance(experiment, compiled, (born, frozen), start):
             evaluates = run.eval_every and step % run.eval_every == 0
             saves = run.save_every and step % run.save_every == 0
             intervals.add(step, metrics, saved=bool(saves))

@@ -18,7 +18,9 @@ _ORDER, _EXAMPLE, _BATCH, _EVALUATION = range(4)  # first word of a stream's see
 class Cached(Source):
     """A source after `prepare`, in memory: prepared if that fits in `limit` bytes, else decoded."""
 
-    def __init__(self, parent: Source, prepare: Callable[[dict], dict] | None, limit: int):
+    def __init__(
+        self, parent: Source, prepare: Callable[[dict], dict] | None = None, limit: int = 1 << 30
+    ):
         """Judge by the first example whether prepared, decoded or no examples fit."""
         self._parent = parent
         keep = lambda example: example  # noqa: E731
@@ -46,13 +48,6 @@ class Cached(Source):
 
 def _nbytes(example: dict) -> int:
     return sum(value.nbytes for value in example.values() if isinstance(value, np.ndarray))
-
-
-def cached(
-    source: Source, prepare: Callable[[dict], dict] | None = None, limit: int = 1 << 30
-) -> Source:
-    """Apply a deterministic `prepare` to each example, and decode none twice as far as it fits."""
-    return Cached(source, prepare, limit)
 
 
 def train_batches(

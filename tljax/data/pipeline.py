@@ -10,7 +10,7 @@ import jax
 
 from tljax.config import Data
 from tljax.data.augment import AugmentImage, MixImages
-from tljax.data.loader import Transform, cached, eval_batches, train_batches
+from tljax.data.loader import Cached, Transform, eval_batches, train_batches
 from tljax.data.sources import Info, Rows, Source, Splits, open_data, subset
 from tljax.data.tokens import MaskTokens, Tokenizer, encode, encode_splits, pack, train_wordpiece
 from tljax.data.transforms import IMAGENET_MEAN, IMAGENET_STD, FitImage, Normalise
@@ -28,31 +28,22 @@ class Pipeline:
     batch: int
     seed: int
     threads: int
-    prepare: Callable[[dict], dict] | None
+    preprocess: dict[str, Any]
     train_transform: Transform | None
     eval_transform: Transform | None
-    mix: Transform | None
-    preprocess: dict[str, Any] | None
-    tokenizer: Tokenizer | None
+    prepare: Callable[[dict], dict] | None = None
+    mix: Transform | None = None
+    tokenizer: Tokenizer | None = None
 
     @property
     def labels(self) -> tuple[str, ...] | None:
         """Name the classes."""
         return self.splits.info.names
 
-    @property
-    def num_outputs(self) -> int | None:
-        """Count the outputs of a head for this data."""
-        return self.splits.info.num_outputs
-
     @cached_property
     def _train(self) -> Source:
-        return cached(self.splits.train, None if self.train_transform_crops else self.prepare)
-
-    @property
-    def train_transform_crops(self) -> bool:
-        """Tell whether training crops at random, and so wants the whole image."""
-        return getattr(self.train_transform, "crop", None) is not None
+        crops = getattr(self.train_transform, "crop", None)  # a random crop wants the whole image
+        return Cached(self.splits.train, None if crops else self.prepare)
 
     def train_batches(self, start: int = 0) -> Iterator[Batch]:
         """Yield this process's training batches without end, from any step at once."""
@@ -71,7 +62,7 @@ class Pipeline:
     @cached_property
     def _held_out(self) -> dict[str, Source]:
         parts = {"validation": self.splits.validation, "test": self.splits.test}
-        return {split: cached(part, self.prepare) for split, part in parts.items()}
+        return {split: Cached(part, self.prepare) for split, part in parts.items()}
 
     def eval_batches(self, split: str) -> Iterator[Batch]:
         """Yield every example of the validation or test part once, padded at the end."""
@@ -79,7 +70,7 @@ class Pipeline:
 
     def batches_of(self, source: Source) -> Iterator[Batch]:
         """Yield every example of any source once, prepared as in evaluation."""
-        return self._evaluation(cached(source, self.prepare))
+        return self._evaluation(Cached(source, self.prepare))
 
     def _evaluation(self, source: Source) -> Iterator[Batch]:
         return eval_batches(
@@ -92,17 +83,11 @@ class Pipeline:
         )
 
     @cached_property
-    def _example(self) -> dict[str, jax.ShapeDtypeStruct]:
-        batch = next(self.train_batches())
-        rows = jax.process_count()
-        return {
-            name: jax.ShapeDtypeStruct((leaf.shape[0] * rows, *leaf.shape[1:]), leaf.dtype)
-            for name, leaf in batch.items()
-        }
-
     def example_batch(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Describe the global batch by shapes."""
-        return self._example
+        rows, local = jax.process_count(), next(self.train_batches())
+        shapes = {name: (leaf.shape[0] * rows, *leaf.shape[1:]) for name, leaf in local.items()}
+        return {k: jax.ShapeDtypeStruct(shapes[k], leaf.dtype) for k, leaf in local.items()}
 
     def save_tokenizer(self, folder: Path) -> str | None:
         """Write the tokenizer into a run's folder, so that the run needs nothing else."""
@@ -126,13 +111,12 @@ def open_pipeline(
 
     Raises: BadInput for data that are not there, or a task that their labels do not fit.
     """
-    splits = open_data(
-        data.name,
-        validation=data.validation,
-        test=data.test,
-        seed=data.seed,
-        columns=data.columns,
-    )
+    chosen: dict[str, Any] = {
+        "validation": data.validation,
+        "test": data.test,
+        "columns": data.columns,
+    }
+    splits = open_data(data.name, seed=data.seed, **chosen)
     found = choose_task(task, splits.info, data.name)
     if data.labels:
         splits = splits._replace(train=subset(splits.train, data.labels, data.seed))
@@ -178,7 +162,6 @@ def _images(data: Data, splits: Splits, preprocess: dict[str, Any], common: Any)
         eval_transform=Normalise(mean, std),
         mix=MixImages(len(splits.info.names), **mixing) if softens else None,
         preprocess={"size": size, "mean": mean, "std": std},
-        tokenizer=None,
         **common,
     )
 
@@ -198,10 +181,8 @@ def _texts(data: Data, splits: Splits, vocabulary: Path | None, common: Any) -> 
         splits, transform = encode_splits(splits, tokenizer), None
     return Pipeline(
         splits=splits,
-        prepare=None,
         train_transform=transform,
         eval_transform=transform,
-        mix=None,
         preprocess={"length": data.length},
         tokenizer=tokenizer,
         **common,

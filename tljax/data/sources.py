@@ -1,12 +1,11 @@
 """Where examples come from: prepared TFDS data, folders of images, files of rows."""
 
 import csv
-import difflib
 import io
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -21,6 +20,7 @@ from tensorflow_datasets.core.features import ClassLabel, Text
 from tljax.data import builders_image, builders_text
 from tljax.data.builders_image import find_asset, stratified_order
 from tljax.data.transforms import to_array
+from tljax.tree import nearest
 from tljax.types import BadInput
 
 __all__ = ["BUILDERS", "Info", "Rows", "Source", "Splits", "find_asset", "open_data", "subset"]
@@ -235,9 +235,8 @@ def open_data(
     elif Path(name).exists():
         parts, info = _open_path(Path(name), asked, dict(columns or {}))
     else:
-        near = difflib.get_close_matches(name, BUILDERS, n=4, cutoff=0.4) or sorted(BUILDERS)
         raise BadInput(
-            f"unknown data {name!r}: nearest are {', '.join(near)}.\n"
+            f"unknown data {name!r}: nearest are {nearest(name, BUILDERS, 4)}.\n"
             "Expected one of these, tfds:NAME, or the path of a folder or a file."
         )
     if "test" not in parts:
@@ -411,13 +410,10 @@ def _read_info(rows: list[dict], values: list | None) -> Info:
 
 
 def _to_number(value: Any, place: Path, index: int) -> np.float32:
-    try:
-        number = np.float32(value)
-    except (TypeError, ValueError):
-        number = np.float32("nan")
-    if not np.isfinite(number):
-        raise BadInput(f"{place}, example {index}: label {value!r} is not a finite number")
-    return number
+    with suppress(TypeError, ValueError):
+        if np.isfinite(number := np.float32(value)):
+            return number
+    raise BadInput(f"{place}, example {index}: label {value!r} is not a finite number")
 
 
 def _to_labels(values: list | None, info: Info, place: Path) -> Labels | None:

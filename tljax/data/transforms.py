@@ -46,7 +46,7 @@ def normalise(
 class FitImage:
     """Bring images to `size` x `size` bytes: shorter side to `resize`, then the middle.
 
-    Deterministic, so that `cached` may remember the result.
+    Deterministic, so that `Cached` may remember the result.
     """
 
     size: int

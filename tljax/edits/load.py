@@ -38,8 +38,8 @@ class Row(NamedTuple):
     """What became of one leaf."""
 
     path: str
-    status: str  # "loaded", "fresh" or "ignored"
-    detail: str  # the shape, or why
+    status: str  # "loaded", "adapted", "fresh" or "ignored"
+    detail: str  # the shape; how, or why
 
 
 class Report(NamedTuple):
@@ -67,12 +67,13 @@ class Report(NamedTuple):
 
 
 def load(
-    source: Tree, target: Tree, *, fresh: Rules = (), ignored: Rules = ()
+    source: Tree, target: Tree, *, fresh: Rules = (), adapted: Rules = (), ignored: Rules = ()
 ) -> tuple[Edit, Report]:
     """Match pretrained leaves to those of an abstract tree, strictly, by path.
 
-    `fresh`: (glob, why) of target leaves that keep their initial values.  `ignored`: (glob, why)
-    of source leaves to leave out.
+    `fresh`: (glob, why) of target leaves that keep their initial values.  `adapted`: (glob, how) of
+    those that the model changes as it reads them.  `ignored`: (glob, why) of source leaves to leave
+    out.
 
     Raises: BadInput for a rule that matches nothing, a target leaf without source, a source leaf
     without target, or a shape that differs, unless a rule names it.
@@ -84,21 +85,24 @@ def load(
     if lacking := [path for path in wanted if path not in usable | why_fresh.keys()]:
         raise BadInput(
             f"the source has no {lacking[0]} (nearest there: {nearest(lacking[0], usable)})\n"
-            "to keep its initial value, name it in a `fresh` rule with the reason"
+            "are the weights of this architecture?  From Python, `fresh` rules name exceptions"
         )
     if extra := sorted(usable - wanted.keys()):
         raise BadInput(
             f"the model has no {extra[0]} (nearest there: {nearest(extra[0], wanted)})\n"
-            "to leave it out, name it in an `ignored` rule with the reason"
+            "are the weights of this architecture?  From Python, `ignored` rules name exceptions"
         )
     values = {path: given[path] for path in wanted if path not in why_fresh}
     for path, leaf in values.items():
         if leaf.shape != wanted[path].shape:
             raise BadInput(
                 f"{path}: the source gives shape {leaf.shape}, the model expects "
-                f"{wanted[path].shape}\nname it in a `fresh` rule to start it anew"
+                f"{wanted[path].shape}\ndoes the config override a size that the weights fix?"
             )
     shapes = {path: ("loaded", str(leaf.shape)) for path, leaf in values.items()}
+    shapes |= {
+        path: ("adapted", how) for path, how in flatten(label(target, adapted, None)).items()
+    }
     reasons = {path: ("fresh", why) for path, why in why_fresh.items()}
     unused = {path: (why_fresh | why_ignored)[path] for path in given if path not in values}
     status = shapes | reasons
