@@ -23,11 +23,11 @@ RATES = {
     "probe": (1e-2, 3e-2),
     "bitfit": (3e-3, 1e-2),
     "lora": (3e-3, 1e-2),
-    "last_k": (3e-4, 1e-3),
-    "full": (1e-4, 3e-4),
+    "last_k": (1e-4, 3e-4),
+    "full": (3e-5, 1e-4),
 }
 """Two learning rates to choose from on validation: the same number of trials for every strategy."""
-OPTIONS = {"last_k": {"head_rate": 30.0}, "full": {"head_rate": 50.0}}
+OPTIONS = {"last_k": {"head_rate": 30.0}, "full": {"head_rate": 100.0}}
 QUICK = ("probe",)  # strategies cheap enough for three seeds
 
 
@@ -45,7 +45,7 @@ JOBS = (
     Job(
         "DINOv2 ViT-S/14 on Fashion-MNIST",
         {
-            "data": {"name": "fashion", "labels": 1000, "validation": 256, "test": "test[:2000]"}
+            "data": {"name": "fashion", "labels": 1000, "validation": 192, "test": "test[:2000]"}
             | {"image_size": 98},
             "weights": "dinov2-vits14",
             "model": {"read": "blocks/5", "pool": "cls+mean"},
@@ -56,18 +56,18 @@ JOBS = (
     Job(
         "MiniLM-L6 on movie sentiment",
         {
-            "data": {"name": "sentiment/movies", "labels": 1000, "validation": 256, "length": 40},
+            "data": {"name": "sentiment/movies", "labels": 1000, "validation": 192, "length": 40},
             "weights": "minilm-l6",
             "model": {"pool": "mean"},
         },
-        steps=48,
-        trial_steps=12,
+        steps=32,
+        trial_steps=8,
     ),
 )
 FALLBACK = Job(
     "a small ViT on digits (no pretrained weights here: from scratch only)",
     {
-        "data": {"name": "digits", "image_size": 16, "validation": 256},
+        "data": {"name": "digits", "image_size": 16, "validation": 192},
         "model": {"name": "vit", "width": 64, "depth": 4, "heads": 4, "mlp": 256, "patch": 4},
     },
     steps=200,
