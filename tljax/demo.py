@@ -12,7 +12,7 @@ import numpy as np
 from tljax.build import Experiment, build, open_parts
 from tljax.checkpoint import write_json
 from tljax.config import Config, parse
-from tljax.metrics import mean_interval
+from tljax.metrics import mean_interval, wilson
 from tljax.optim import with_lr
 from tljax.train import advance, compile_step, human, score
 from tljax.tree import join
@@ -115,17 +115,17 @@ def cell(job: Job, strategy: str, parts: Any, fast: bool) -> dict[str, Any]:
     for seed in range(3 if strategy in QUICK and not fast else 1):
         tests.append(score(experiment, fit(experiment, compiled, best, steps, seed), "test"))
     state, frozen = experiment.abstract
-    values = [test[name] for test in tests]
-    seeds = mean_interval(values) if len(values) > 1 else None
+    values, n = [test[name] for test in tests], int(tests[0]["n"])
+    low, high = wilson(round(float(np.mean(values)) * n), n)
     parameters = [sum(leaf.size for leaf in jax.tree.leaves(t)) for t in (state.params, frozen)]
     return {
         "strategy": strategy,
         "accuracy": float(np.mean(values)),
-        "low": tests[0][f"{name}/low"],
-        "high": tests[0][f"{name}/high"],
+        "low": low,
+        "high": high,
         "seeds": len(values),
-        "seed_interval": seeds,
-        "n": tests[0]["n"],
+        "seed_interval": mean_interval(values) if len(values) > 1 else None,
+        "n": n,
         "lr": best,
         "trials": {str(lr): value for lr, value in trials.items()},
         "trainable": parameters[0],
@@ -141,10 +141,11 @@ def cells(job: Job, fast: bool) -> Iterator[dict[str, Any]]:
     for strategy in RATES if "weights" in job.base else ("scratch",):
         row = cell(job, strategy, parts, fast)
         interval = f"[{row['low']:.3f}, {row['high']:.3f}]"
+        seeds = "  mean of seeds in [{:.3f}, {:.3f}]".format(*row["seed_interval"] or (0, 0))
         print(
             f"{row['strategy']:8} {row['accuracy']:8.3f} {interval:16} {row['seeds']:5} "
             f"{row['trainable']:>12,} {row['share']:7.2%} {human(row['flops']):>8}  "
-            f"{row['seconds']:6.1f}  {row['lr']:g}",
+            f"{row['seconds']:6.1f}  {row['lr']:g}" + seeds * bool(row["seed_interval"]),
             flush=True,
         )
         yield row
@@ -165,7 +166,10 @@ def run(out: Path, fast: bool = False) -> None:
             jobs += [FALLBACK] * (FALLBACK not in jobs)
     write_json(out / "results.json", results)
     plot(results, out / "results.png")
-    print(f"\naccuracy is of the test part, with its 95 % Wilson interval; {out / 'results.png'}")
+    print(
+        "\naccuracy is of the test part, its interval Wilson's; the learning rate is the better of "
+        f"{len(RATES['full'])} on validation; {out / 'results.png'}"
+    )
 
 
 def plot(results: Mapping[str, list[dict[str, Any]]], path: Path) -> None:
@@ -179,19 +183,14 @@ def plot(results: Mapping[str, list[dict[str, Any]]], path: Path) -> None:
     for line, (title, rows) in zip(panels, results.items(), strict=True):
         for panel, (key, label) in zip(line, axes_of.items(), strict=True):
             for row in rows:
-                below, above = row["accuracy"] - row["low"], row["high"] - row["accuracy"]
-                error = np.maximum([[below], [above]], 0)
+                error = [[row["accuracy"] - row["low"]], [row["high"] - row["accuracy"]]]
                 panel.errorbar(row[key], row["accuracy"], error, fmt="o", capsize=3)
                 panel.annotate(
                     row["strategy"], (row[key], row["accuracy"]), (6, 4), textcoords="offset points"
                 )
             panel.margins(x=0.3, y=0.15)
-            panel.set(
-                xscale="log" if key == "trainable" else "linear",
-                xlabel=label,
-                ylabel="test accuracy",
-                title=title,
-            )
+            panel.set(xlabel=label, ylabel="test accuracy", title=title)
+            panel.set_xscale("log" if key == "trainable" else "linear")
             panel.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
 
