@@ -130,7 +130,7 @@ WRONG_VALUES = {
     "model.heads=5": ["32", "heads=5"],
     "model.patch=5": ["16 x 16", "5"],
     "model.read=blocks/9": ["blocks/9", "blocks/1"],
-    "model.name=vitt": ["vitt", "did you mean vit"],
+    "model.name=vitt": ["vitt", "the nearest is 'vit'"],
     "run.batch=12": ["12", "multiple of 8"],
     "run.microbatches=3": ["3 microbatches", "multiple of 24"],
     "mesh.data=3": ["data=3", "8 devices"],

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -284,6 +285,8 @@ def _open_tfds(
                 "Prepare it there in the array_record format, or set $TFDS_DATA_DIR."
             ) from error
         builder = cls(data_dir=folder, config=name.partition("/")[2] or None)
+        if not sys.stderr.isatty():
+            tfds.disable_progress_bar()
         builder.download_and_prepare()
     features = builder.info.features
     keys = _guess_keys(features) | columns
