@@ -154,8 +154,7 @@ def cells(job: Job, fast: bool) -> Iterator[dict[str, Any]]:
 def run(out: Path, fast: bool = False) -> None:
     """Run every job that this machine has the files for; write results.json and results.png."""
     out.mkdir(parents=True, exist_ok=True)
-    results = {}
-    jobs = list(JOBS)
+    results, jobs = {}, list(JOBS)
     for job in jobs:
         print(f"\n{job.title}; {job.base['data'].get('labels', 'all')} labels")
         print(HEADER)
