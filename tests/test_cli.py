@@ -245,7 +245,11 @@ def test_a_file_that_is_no_picture_is_named(config, tmp_path):
     bad = folder / "class1" / "05.png"
     bad.write_text("not a picture")
     words = [f"--config={config}", f"--workdir={tmp_path / 'run'}"]
-    words += [f"--config.data.name={folder}", "--config.data.labels=None"]
+    words += [
+        f"--config.data.name={folder}",
+        "--config.data.labels=None",
+        "--config.data.test=test",
+    ]
     message = refused("train", *words)
     assert str(bad) in message and "Replace or remove" in message
     assert not (tmp_path / "run").exists()
@@ -256,7 +260,11 @@ def test_a_picture_that_is_cut_off_is_named_when_it_is_read(config, tmp_path):
     for bad in (folder / "class1").glob("*.png"):
         bad.write_bytes(bad.read_bytes()[:60])
     words = [f"--config={config}", f"--workdir={tmp_path / 'run'}"]
-    words += [f"--config.data.name={folder}", "--config.data.labels=None"]
+    words += [
+        f"--config.data.name={folder}",
+        "--config.data.labels=None",
+        "--config.data.test=test",
+    ]
     message = refused("train", *words)
     assert str(folder / "class1") in message and "cannot be decoded" in message
 

@@ -19,6 +19,7 @@ from tljax.checkpoint import Checkpoints, read_tree
 from tljax.config import parse
 from tljax.source import open_source
 from tljax.tree import flatten
+from tljax.types import BadInput
 
 ROOT = Path(__file__).resolve().parent.parent
 VIT = {"name": "vit", "width": 32, "depth": 2, "heads": 2, "mlp": 64, "patch": 4}
@@ -373,3 +374,24 @@ def test_plain_text_pretrains_and_adapts(folder, capsys):
         read_tree(folder / "adapted")["params"]["embed"]["word"]["embedding"].shape
         == embedding.shape
     )
+
+
+def test_an_unfinished_run_is_no_source(tmp_path):
+    train(tmp_path / "run", data=DIGITS, model=VIT, run={"steps": 2, "batch": 16})
+    (tmp_path / "run" / "result.json").unlink()
+    with pytest.raises(BadInput, match="not finished"):
+        open_source(str(tmp_path / "run"))
+
+
+def test_a_fresh_layer_that_is_read_is_not_left_random(tmp_path):
+    """A pooler that the weights lack would stay random and frozen under a probe."""
+    table = tmp_path / "texts.csv"
+    rows = [f"{'good' if i % 2 else 'bad'} film {i},{'yn'[i % 2]}" for i in range(64)]
+    table.write_text("\n".join(["text,label", *rows]))
+    data = {"name": str(table), "length": 16, "vocab": 60}
+    train(tmp_path / "run", data=data, model=BERT, run={"steps": 1, "batch": 16})
+    base = {"data": data, "weights": str(tmp_path / "run"), "run": {"steps": 1, "batch": 16}}
+    values = base | {"model": {"pooler": True, "pool": "pooler"}, "strategy": {"name": "probe"}}
+    with pytest.raises(BadInput, match=r"params/pooler/.* would stay random"):
+        build(parse(values))
+    build(parse(values | {"roles": (("params/pooler/**", "train"),)}))

@@ -35,7 +35,7 @@ from tljax.types import BadInput, Edit, Key, Rules, Tree
 from tljax.weights import Source
 
 MODELS: dict[str, type[nn.Module]] = {"vit": ViT, "resnet": ResNet, "bert": Bert}
-DECIDED = {"parent", "name", "dtype", "num_classes", "mlm", "tokens", "tree", "source"}
+DECIDED = {"parent", "name", "dtype", "num_classes", "mlm", "tokens", "tree", "source", "last_read"}
 """Arguments that the data, the task or the build decide: no option of a config."""
 CHANCES = {"dropout", "drop_path"}
 
@@ -180,6 +180,9 @@ def make_model(
     fields["num_classes"] = None if is_mlm else pipeline.splits.info.num_outputs
     if name == "bert":
         fields |= {"mlm": is_mlm, "tokens": pipeline.task == "tag"}
+        rows, size = fields["vocab"], pipeline.tokenizer.vocab_size
+        if size > rows:
+            raise BadInput(f"the tokenizer has {size} tokens, the model's table {rows} rows")
     facts = {"name": name, "fields": fields, "task": pipeline.task, "labels": pipeline.labels}
     model = kind(**fields, dtype=jnp.dtype(config.precision.compute))
     return model, facts | {"preprocess": pipeline.preprocess}
@@ -192,7 +195,9 @@ def load_edit(
     same_task = labels is not None and source.labels == labels
     have, want = flatten(source.tree), flatten(abstract)
     heads = [path for path in {**have, **want} if path.split("/")[1] in ("head", "mlm", "pooler")]
-    reset = [path for path in heads if path in want and "/head/" in path and not same_task]
+    reset = [
+        path for path in heads if path in want and path.split("/")[1] == "head" and not same_task
+    ]
     fresh = [(path, "not in the source") for path in heads if path not in have]
     fresh += [(path, "head of a new task") for path in reset if path in have]
     ignored = [(path, "the model has no such head") for path in heads if path not in want]
@@ -212,6 +217,8 @@ def adaptations(model: nn.Module, image_size: int) -> Rules:
 def open_parts(config: Config) -> tuple[Source | None, Pipeline]:
     """Open the weights and the data of a config, which several experiments may share."""
     source = open_source(config.weights) if config.weights else None
+    if source and source.arch == "bert" and source.tokenizer is None:
+        raise BadInput(f"{config.weights} has no tokenizer.json, so its token ids are unknown")
     pipeline = open_pipeline(
         config.data,
         config.task,
@@ -249,6 +256,8 @@ def build(config: Config, parts: tuple[Source | None, Pipeline] | None = None) -
     if config.run.ema:
         objective = objectives.average(objective, config.run.ema ** (1 / config.run.microbatches))
     roles = assign_roles(tree, config.roles, strategy.roles, objective, batch, key)
+    if loads:
+        require_no_random_freeze(report, roles)
     trainable = split(tree, roles.tree).train
     optimizer = config.optim.model_dump() | {"steps": config.run.steps, "groups": strategy.groups}
     tx = optim.make_tx(trainable, **optimizer)
@@ -274,6 +283,14 @@ def build(config: Config, parts: tuple[Source | None, Pipeline] | None = None) -
         report=report if loads else None,
         digest=source.digest if source else "",
     )
+
+
+def require_no_random_freeze(report: Report, roles: Roles) -> None:
+    """Raise BadInput if a leaf that is read is neither loaded nor trained."""
+    role_of = flatten(roles.tree)
+    for row in report.rows:
+        if row.status == "fresh" and role_of[row.path] == "freeze" and row.path not in roles.unread:
+            raise BadInput(f"{row.path} is {row.detail} and would stay random: train it by a role")
 
 
 def init_model(model: nn.Module, batch: Any, key: jax.Array) -> Tree:

@@ -97,8 +97,7 @@ class Checkpoints:
     def save_frozen(self, tree: Tree) -> str:
         """Write the frozen leaves once, whole or not at all, and return their digest."""
         leaves = multihost_utils.process_allgather(flatten(tree), tiled=True)
-        content = safetensors.numpy.save(leaves)
-        self._frozen = hashlib.sha256(content).hexdigest()[:32]
+        content, self._frozen = safetensors.numpy.save(leaves), digest_of(leaves)
         if not (path := self._frozen_file(self._frozen)).exists():
             _write(path, content)
         multihost_utils.sync_global_devices("frozen tree saved")
@@ -119,10 +118,16 @@ class Checkpoints:
             metadata = self._manager.metadata(step)
             yield step, metadata.item_metadata["state"].tree, metadata.custom_metadata["frozen"]
         except Exception as error:  # tensorstore raises a bare Exception with a page of text
+            reason = str(error).partition("\n")[0][:300]
             raise BadInput(
-                f"checkpoint of step {step} in {self.folder}: {str(error).splitlines()[0][:300]}\n"
+                f"checkpoint of step {step} in {self.folder}: {reason}\n"
                 f"nothing was changed; move its folder away to use another step: {others}"
             ) from error
+
+
+def digest_of(tree: Tree) -> str:
+    """Return a hash of a tree's paths, shapes, dtypes and bytes: of its safetensors file."""
+    return hashlib.sha256(safetensors.numpy.save(flatten(tree))).hexdigest()[:32]
 
 
 def read_tree(workdir: str | Path) -> Tree:

@@ -151,15 +151,6 @@ def _tuples(value: Any) -> Any:
     return tuple(map(_tuples, value)) if isinstance(value, list | tuple) else value
 
 
-def keys_at(location: tuple[Any, ...]) -> list[str]:
-    """List the keys the schema knows in the section at `location`."""
-    section: Any = Config
-    for name in location:
-        field = section.model_fields.get(name) if hasattr(section, "model_fields") else None
-        section = field.annotation if field else None
-    return list(section.model_fields) if hasattr(section, "model_fields") else []
-
-
 def parse(values: dict[str, Any]) -> Config:
     """Check plain values against the schema.
 
@@ -168,13 +159,12 @@ def parse(values: dict[str, Any]) -> Config:
     try:
         return Config.model_validate(_tuples(values))
     except ValidationError as error:
-        lines = []
+        lines, known = [], [key for part in Section.__subclasses__() for key in part.model_fields]
         for item in error.errors()[:3]:
             place = ".".join(str(part) for part in item["loc"])
             if item["type"] == "extra_forbidden":
-                *parents, name = item["loc"]
-                known = keys_at(tuple(parents))
-                lines.append(f"unknown key {place}; did you mean {nearest(str(name), known)}?")
+                near = nearest(str(item["loc"][-1]), known, 1)
+                lines.append(f"unknown key {place}; did you mean {near}?")
             else:
                 given = "" if item["type"] == "missing" else f" (given {item['input']!r})"
                 where = f"{place}: " if place else ""

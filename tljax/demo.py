@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,61 +28,39 @@ RATES = {
 }
 """Two learning rates to choose from on validation: the same number of trials for every strategy."""
 OPTIONS = {"last_k": {"head_rate": 30.0}, "full": {"head_rate": 100.0}}
+STEPS, TRIAL_STEPS = 32, 8  # of 32 examples: an epoch of the 1,000 labels, a quarter for a trial
 QUICK = ("probe",)  # strategies cheap enough for three seeds
 
 
-@dataclass(frozen=True)
-class Job:
-    """One row of tasks in the demo: weights, data, and how long to train."""
-
-    title: str
-    base: Mapping[str, Any]
-    steps: int
-    trial_steps: int
-
-
-JOBS = (
-    Job(
-        "DINOv2 ViT-S/14 on Fashion-MNIST",
-        {
-            "data": {"name": "fashion", "labels": 1000, "validation": 192, "test": "test[:2000]"}
-            | {"image_size": 98},
-            "weights": "dinov2-vits14",
-            "model": {"read": "blocks/5", "pool": "cls+mean"},
-        },
-        steps=32,
-        trial_steps=8,
-    ),
-    Job(
-        "MiniLM-L6 on movie sentiment",
-        {
-            "data": {"name": "sentiment/movies", "labels": 1000, "validation": 192, "length": 40},
-            "weights": "minilm-l6",
-            "model": {"pool": "mean"},
-        },
-        steps=32,
-        trial_steps=8,
-    ),
-)
-FALLBACK = Job(
-    "a small ViT on digits (no pretrained weights here: from scratch only)",
-    {
+JOBS: dict[str, dict[str, Any]] = {
+    "DINOv2 ViT-S/14 on Fashion-MNIST": {
+        "data": {"name": "fashion", "labels": 1000, "validation": 192, "test": "test[:2000]"}
+        | {"image_size": 98},
+        "weights": "dinov2-vits14",
+        "model": {"read": "blocks/5", "pool": "cls+mean"},
+    },
+    "MiniLM-L6 on movie sentiment": {
+        "data": {"name": "sentiment/movies", "labels": 1000, "validation": 192, "length": 40},
+        "weights": "minilm-l6",
+        "model": {"pool": "mean"},
+    },
+}
+FALLBACK: dict[str, dict[str, Any]] = {
+    "a small ViT on digits, from scratch only: the weights are not here": {
         "data": {"name": "digits", "image_size": 16, "validation": 192},
         "model": {"name": "vit", "width": 64, "depth": 4, "heads": 4, "mlp": 256, "patch": 4},
     },
-    steps=200,
-    trial_steps=60,
-)
+}
 
 
-def configure(job: Job, strategy: str, fast: bool) -> Config:
-    """Return the config of one cell: the job's, with the strategy's options."""
-    steps = 4 if fast else job.steps
+def configure(base: dict[str, Any], strategy: str, fast: bool) -> Config:
+    """Return the config of one cell: the base, with the strategy's options."""
+    steps = 4 if fast else STEPS
     run = {"steps": steps, "batch": 32}
     optim = {"decay": 0.01, "warmup": steps // 10}
     chosen = {"name": strategy} | OPTIONS.get(strategy, {})
-    data = job.base["data"] | ({"test": "test[:256]", "validation": 64} if fast else {})
-    return parse({**job.base, "data": data, "strategy": chosen, "run": run, "optim": optim})
+    data = base["data"] | ({"test": "test[:256]", "validation": 64} if fast else {})
+    return parse({**base, "data": data, "strategy": chosen, "run": run, "optim": optim})
 
 
 def fit(
@@ -98,16 +76,15 @@ def fit(
     return join(state.params, state.track, frozen)
 
 
-def cell(job: Job, strategy: str, parts: Any, fast: bool) -> dict[str, Any]:
+def cell(base: dict[str, Any], strategy: str, parts: Any, fast: bool) -> dict[str, Any]:
     """Choose a learning rate on validation, train with it, and read the test part once a seed."""
     began = time.perf_counter()
-    config = configure(job, strategy, fast)
-    steps, trial_steps = config.run.steps, 2 if fast else job.trial_steps
+    config = configure(base, strategy, fast)
+    steps, trial_steps = config.run.steps, 2 if fast else TRIAL_STEPS
     experiment = build(config, parts)
     compiled = compile_step(experiment)
-    name = "accuracy"
     trials = {
-        lr: score(experiment, fit(experiment, compiled, lr, trial_steps), "validation")[name]
+        lr: score(experiment, fit(experiment, compiled, lr, trial_steps), "validation")["accuracy"]
         for lr in RATES[strategy]
     }
     best = max(trials, key=lambda lr: trials[lr])
@@ -115,7 +92,7 @@ def cell(job: Job, strategy: str, parts: Any, fast: bool) -> dict[str, Any]:
     for seed in range(3 if strategy in QUICK and not fast else 1):
         tests.append(score(experiment, fit(experiment, compiled, best, steps, seed), "test"))
     state, frozen = experiment.abstract
-    values, n = [test[name] for test in tests], int(tests[0]["n"])
+    values, n = [test["accuracy"] for test in tests], int(tests[0]["n"])
     low, high = wilson(round(float(np.mean(values)) * n), n)
     parameters = [sum(leaf.size for leaf in jax.tree.leaves(t)) for t in (state.params, frozen)]
     return {
@@ -135,11 +112,11 @@ def cell(job: Job, strategy: str, parts: Any, fast: bool) -> dict[str, Any]:
     }
 
 
-def cells(job: Job, fast: bool) -> Iterator[dict[str, Any]]:
+def cells(base: dict[str, Any], fast: bool) -> Iterator[dict[str, Any]]:
     """Yield the row of every strategy; without weights there is only scratch."""
-    parts = open_parts(configure(job, "scratch", fast))
-    for strategy in RATES if "weights" in job.base else ("scratch",):
-        row = cell(job, strategy, parts, fast)
+    parts = open_parts(configure(base, "scratch", fast))
+    for strategy in RATES if "weights" in base else ("scratch",):
+        row = cell(base, strategy, parts, fast)
         interval = f"[{row['low']:.3f}, {row['high']:.3f}]"
         seeds = "  mean of seeds in [{:.3f}, {:.3f}]".format(*row["seed_interval"] or (0, 0))
         print(
@@ -154,15 +131,15 @@ def cells(job: Job, fast: bool) -> Iterator[dict[str, Any]]:
 def run(out: Path, fast: bool = False) -> None:
     """Run every job that this machine has the files for; write results.json and results.png."""
     out.mkdir(parents=True, exist_ok=True)
-    results, jobs = {}, list(JOBS)
-    for job in jobs:
-        print(f"\n{job.title}; {job.base['data'].get('labels', 'all')} labels")
-        print(HEADER)
+    results: dict[str, list[dict[str, Any]]] = {}
+    for title, base in (JOBS | FALLBACK).items():
+        if title in FALLBACK and len(results) == len(JOBS):
+            continue
+        print(f"\n{title}; {base['data'].get('labels', 'all')} labels\n{HEADER}")
         try:
-            results[job.title] = list(cells(job, fast))
+            results[title] = list(cells(base, fast))
         except BadInput as error:
             print(f"left out: {error}")
-            jobs += [FALLBACK] * (FALLBACK not in jobs)
     write_json(out / "results.json", results)
     plot(results, out / "results.png")
     print(

@@ -43,7 +43,8 @@ def open_finished(workdir: Path, data: str | None = None) -> Finished:
     facts, config = record["model"], parse(record["config"])
     mesh, rules = find_mesh(config)
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    chosen = config.data.model_copy(update={"name": data, "labels": None} if data else {})
+    other = {"name": data, "labels": None, "validation": 0.1, "test": "test"}
+    chosen = config.data.model_copy(update=other if data else {})
     pipeline = open_pipeline(
         chosen,
         facts["task"],

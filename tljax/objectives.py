@@ -143,7 +143,7 @@ def average(objective: Objective, decay: float) -> Objective:
 
     def averaged(tree: Tree, batch: Batch, key: Key) -> tuple[Loss, Aux]:
         loss, aux = objective(tree, batch, key)
-        follow = lambda mean, now: decay * mean + (1 - decay) * jax.lax.stop_gradient(now)  # noqa: E731
+        follow = lambda mean, now: mean + (1 - decay) * (jax.lax.stop_gradient(now) - mean)  # noqa: E731
         ema = {"params": jax.tree.map(follow, tree["ema"]["params"], tree["params"])}
         return loss, Aux(aux.metrics, dict(aux.track) | {"ema": ema})
 

@@ -46,7 +46,7 @@ def schedule(kind: str, steps: int, warmup: int) -> optax.Schedule:
 def decay_mask(params: Tree) -> Tree:
     """Return 1 for leaves that weight decay applies to: kernels and embeddings, not 1-D leaves.
 
-    Class tokens and position tables are left out too, as BERT, MAE and timm do.
+    Class tokens and position tables are left out too, as MAE and timm do.
     """
 
     def decays(path: str, leaf: Any) -> float:

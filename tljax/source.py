@@ -7,12 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from tljax.checkpoint import read_tree
+from tljax.checkpoint import digest_of, read_tree
 from tljax.edits.lora import merge
 from tljax.types import BadInput, Tree
 from tljax.weights import Source, open_weights
 
-RECORD = "run.json"
+RECORD, RESULT = "run.json", "result.json"
 
 
 def read_record(workdir: str | Path) -> dict[str, Any]:
@@ -38,7 +38,8 @@ def plain(tree: Tree) -> Tree:
     Averages take the place of parameters, LoRA is folded into its kernels, and fixed statistics
     are statistics again: `{params, ema, fixed_stats}  ->  {params, batch_stats}`.
     """
-    params = jax.tree.map(jnp.asarray, tree.get("ema", tree)["params"])
+    # In float32, whatever the run computed in: a fold into bfloat16 rounds small updates away.
+    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree.get("ema", tree)["params"])
     found = {"params": jax.device_get(merge(params))}
     for name in ("batch_stats", "fixed_stats"):
         found |= {"batch_stats": tree[name]} if tree.get(name) else {}
@@ -54,16 +55,19 @@ def open_run(workdir: str | Path) -> Source:
     """Open a finished run as a source of weights, with its preprocessing and labels."""
     record = read_record(workdir)
     facts = record["model"]
+    if not (Path(workdir) / RESULT).is_file():
+        raise BadInput(f"the run in {workdir} is not finished: go on with it first")
     tokenizer = Path(workdir) / facts["tokenizer"] if facts["tokenizer"] else None
+    tree = plain(read_tree(workdir))
     return Source(
         arch=facts["name"],
         fields=as_fields(facts["fields"]),
-        tree=plain(read_tree(workdir)),
+        tree=tree,
         preprocess=facts["preprocess"],
         tokenizer=tokenizer,
         labels=tuple(facts["labels"]) if facts["labels"] else None,
         origin=str(workdir),
-        digest=record["digest"],
+        digest=digest_of(tree),
         ignored={},
     )
 

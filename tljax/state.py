@@ -57,6 +57,9 @@ def assign_roles(
             f" ({len(mine)} such leaves): drop the rule, or read a later layer"
         )
     roles = map_with_path(lambda path, role: "freeze" if path in idle else role, roles)
+    moved = flatten(jax.eval_shape(objective, tree, batch, key)[1].track)
+    if odd := [path for path in moved if flatten(roles)[path] != "track"]:
+        raise BadInput(f"{odd[0]} is moved by the forward pass: its role can only be track")
     if "train" not in flatten(roles).values():
         raise BadInput("nothing is trainable: every leaf is frozen, tracked or unread")
     return Roles(roles, idle)

@@ -63,7 +63,7 @@ def _fixed(tree: Tree) -> tuple[Edit, ...]:
     return (FixStatistics(),) if "batch_stats" in tree else ()
 
 
-def scratch(tree: Tree, source: tuple[Edit, ...], read: str | None) -> Strategy:
+def scratch(tree: Tree, source: tuple[Edit, ...], last_read: str | None) -> Strategy:
     """Train everything from random initialisation: pretraining, and the baseline of transfer."""
     return Strategy((), (("params/**", "train"), *_statistics(tree)))
 
@@ -77,7 +77,7 @@ def _faster(tree: Tree, factor: float) -> Rules:
 
 
 def full(
-    tree: Tree, source: tuple[Edit, ...], read: str | None, head_rate: float = 1.0
+    tree: Tree, source: tuple[Edit, ...], last_read: str | None, head_rate: float = 1.0
 ) -> Strategy:
     """Fine-tune everything from the pretrained weights; BatchNorm statistics are tracked.
 
@@ -87,12 +87,12 @@ def full(
     return Strategy(source, roles, _faster(tree, head_rate))
 
 
-def probe(tree: Tree, source: tuple[Edit, ...], read: str | None) -> Strategy:
+def probe(tree: Tree, source: tuple[Edit, ...], last_read: str | None) -> Strategy:
     """Train a linear head on frozen features."""
     return Strategy((*source, *_fixed(tree)), _head(tree))
 
 
-def bitfit(tree: Tree, source: tuple[Edit, ...], read: str | None) -> Strategy:
+def bitfit(tree: Tree, source: tuple[Edit, ...], last_read: str | None) -> Strategy:
     """Train biases and the head.  Source: Ben Zaken et al. 2021, arXiv 2106.10199."""
     biases = [(path, "train") for path in flatten(tree) if path.endswith("/bias")]
     return Strategy((*source, *_fixed(tree)), (*biases, *_head(tree)))
@@ -107,14 +107,14 @@ def blocks_read(tree: Tree, read: str | None) -> list[str]:
 
 
 def last_k(
-    tree: Tree, source: tuple[Edit, ...], read: str | None, k: int = 2, head_rate: float = 1.0
+    tree: Tree, source: tuple[Edit, ...], last_read: str | None, k: int = 2, head_rate: float = 1.0
 ) -> Strategy:
     """Train the last k blocks that are read, the final norm and the head.
 
     head_rate: the head's multiple of the learning rate.
     Raises: BadInput if k is more than the blocks there are.
     """
-    blocks = blocks_read(tree, read)
+    blocks = blocks_read(tree, last_read)
     if k > len(blocks):
         raise BadInput(f"last_k: k={k} exceeds the {len(blocks)} blocks that are read")
     top = [f"{block}/**" for block in blocks[len(blocks) - k :]]
@@ -125,7 +125,7 @@ def last_k(
 def lora(
     tree: Tree,
     source: tuple[Edit, ...],
-    read: str | None,
+    last_read: str | None,
     rank: int = 8,
     alpha: float = 16.0,
     dropout: float = 0.0,
@@ -133,14 +133,17 @@ def lora(
 ) -> Strategy:
     """Train low-rank updates of the target kernels, and the head.
 
-    Blocks above `read` are not grafted.  Source: Hu et al. 2021, arXiv 2106.09685.
+    Heads, and blocks above the last one read, are not grafted.
+    Source: Hu et al. 2021, arXiv 2106.09685.
     """
-    below = tuple(f"{block}/" for block in blocks_read(tree, read))
+    below = tuple(f"{block}/" for block in blocks_read(tree, last_read))
     chosen = [
         path
         for path in targets_of(tree, targets)
-        if path.startswith(below) or not path.startswith("params/blocks/")
+        if path.startswith(below) or not path.startswith(("params/blocks/", *HEADS))
     ]
+    if not chosen:
+        raise BadInput(f"no LoRA target of {targets} lies at or below read={last_read!r}")
     factors = [(f"{path}/lora/{name}", "train") for path in chosen for name in "ab"]
     graft = Graft(tuple(chosen), rank, alpha, dropout)
     return Strategy((*source, *_fixed(tree), graft), (*factors, *_head(tree)))

@@ -19,13 +19,13 @@ from tljax.data.loader import prefetch_to_device
 from tljax.evaluate import evaluate
 from tljax.metrics import Logger, accumulate, averages, parameter_table, role_counts
 from tljax.sharding import put_batch
-from tljax.source import RECORD, read_record
+from tljax.source import RECORD, RESULT, read_record
 from tljax.state import State
 from tljax.tree import flatten, join
 from tljax.types import BadInput, Tree
 
 PACKAGES = ("tljax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-RESULT, METRICS, TABLES = "result.json", "metrics.jsonl", "tables.txt"
+METRICS, TABLES = "metrics.jsonl", "tables.txt"
 UNITS = ("", "k", "M", "G", "T", "P")
 
 
@@ -74,7 +74,7 @@ def plan(experiment: Experiment, compiled: jax.stages.Compiled) -> str:
     return (
         f"plan: {human(flops)}FLOPs a step; bytes: trainable {human(size(state.params))}B, "
         f"optimizer {human(size(state.opt))}B, frozen {human(size(frozen))}B, "
-        f"temporary {human(temporary)}B; {experiment.config.run.steps} steps of "
+        f"temporary {human(temporary)}B a device; {experiment.config.run.steps} steps of "
         f"{experiment.config.run.batch} on {jax.device_count()} {jax.devices()[0].device_kind}"
     )
 

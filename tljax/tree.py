@@ -174,7 +174,5 @@ def unread(objective: Objective, parts: Parts, batch: Batch, key: Key) -> list[s
     traced = jax.make_jaxpr(total)(*parts, batch, key).jaxpr
     # dce_jaxpr is semi-public: this is the only place that knows it.
     _, used = partial_eval.dce_jaxpr(traced, [True] * len(traced.outvars))
-    paths = list(flatten(parts.train))
-    leaves = jax.tree.leaves(map_with_path(lambda path, _: path, parts.train))
-    assert sorted(paths) == sorted(leaves)
-    return [path for path, is_used in zip(leaves, used, strict=False) if not is_used]
+    paths = jax.tree.leaves(map_with_path(lambda path, _: path, parts.train))
+    return [path for path, is_used in zip(paths, used, strict=False) if not is_used]

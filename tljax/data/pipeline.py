@@ -128,13 +128,10 @@ def open_pipeline(
 
 def choose_task(task: str | None, info: Info, name: str) -> str:
     """Take the task the labels imply, unless another is asked for that they can serve."""
-    able: set[str] = {info.task} if info.task else set()
-    able |= {"mlm"} if info.kind == "text" else set()
-    if task is None and info.task is None:
-        task = "mlm" if "mlm" in able else None
-    task = task or info.task
+    able = [one for one in (info.task, "mlm" if info.kind == "text" else None) if one]
+    task = task or next(iter(able), None)
     if task not in able:
-        raise BadInput(f"task {task!r} does not fit data {name!r}; it can serve {sorted(able)}")
+        raise BadInput(f"task {task!r} does not fit data {name!r}; it can serve {able}")
     return task
 
 
@@ -161,7 +158,7 @@ def _images(data: Data, splits: Splits, preprocess: dict[str, Any], common: Any)
         train_transform=train,
         eval_transform=Normalise(mean, std),
         mix=MixImages(len(splits.info.names), **mixing) if softens else None,
-        preprocess={"size": size, "mean": mean, "std": std},
+        preprocess={"mean": mean, "std": std},
         **common,
     )
 
@@ -171,7 +168,7 @@ def _texts(data: Data, splits: Splits, vocabulary: Path | None, common: Any) -> 
         tokenizer = Tokenizer.from_file(vocabulary, data.length)
     else:
         rows = splits.train.__getitems__(range(min(len(splits.train), VOCABULARY_TEXTS)))
-        texts = (row["text"] for row in rows)
+        texts = (row[name] for row in rows for name in ("text", "text_b") if name in row)
         tokenizer = train_wordpiece(texts, data.vocab, data.length)
     if common["task"] == "mlm":
         train, validation, test = (pack(part, tokenizer, data.length) for part in splits[:3])
@@ -183,7 +180,7 @@ def _texts(data: Data, splits: Splits, vocabulary: Path | None, common: Any) -> 
         splits=splits,
         train_transform=transform,
         eval_transform=transform,
-        preprocess={"length": data.length},
+        preprocess={},
         tokenizer=tokenizer,
         **common,
     )

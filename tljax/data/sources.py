@@ -211,8 +211,7 @@ class Rows(Source):
 def open_data(
     name: str,
     *,
-    train: str = "train",
-    validation: float | int | str = 0.1,
+    validation: float | int = 0.1,
     test: str = "test",
     seed: int = 0,
     columns: Mapping[str, str] | None = None,
@@ -221,16 +220,15 @@ def open_data(
 
     name: one of `BUILDERS`, "tfds:NAME" (prepared data), or the path of a folder
     (train/<class>/*.png, <class>/*.png, train.csv) or of a .csv, .tsv or .jsonl file.
-    validation: a share or a number of training examples, carved out stratified by `seed`; or a
-    split.  Where no test part exists, a fifth is carved out that does not depend on `seed`, so
+    validation: a share or a number of training examples, carved out stratified by `seed`.
+    Where no test part exists, a fifth is carved out that does not depend on `seed`, so
     that runs of different seeds share it.  columns: our names (text, text_b, label, image) ->
     theirs.  CSV labels with "|" are lists.
     Raises: BadInput.
     """
     if strange := sorted(set(columns or {}) - {"text", "text_b", "label", "image"}):
         raise BadInput(f"columns has no {strange[0]!r}: expected text, text_b, label or image")
-    names = {"train": train, "validation": validation, "test": test}
-    asked = {part: split for part, split in names.items() if isinstance(split, str)}
+    asked = {"train": "train", "test": test}
     if name in BUILDERS or name.startswith("tfds:"):
         parts, info = _open_tfds(name, asked, dict(columns or {}))
     elif Path(name).exists():
@@ -242,8 +240,7 @@ def open_data(
         )
     if "test" not in parts:
         parts["train"], parts["test"] = _carve(parts["train"], 0.2, seed=0)
-    if not isinstance(validation, str):
-        parts["train"], parts["validation"] = _carve(parts["train"], validation, seed)
+    parts["train"], parts["validation"] = _carve(parts["train"], validation, seed)
     for part, source in parts.items():
         if len(source) == 0:
             raise BadInput(f"the {part} part of {name!r} is empty: give it at least one example")
@@ -338,7 +335,8 @@ def _open_path(
             if (place := path / f"{split}{end}").exists()
         }
         places = found or places
-    for part in asked.keys() - {"test"} - places.keys():
+    may_lack = {"test"} if asked["test"] == "test" else set()  # else a slip would go unnoticed
+    for part in asked.keys() - may_lack - places.keys():
         raise BadInput(f"{path} lacks its {part} part {asked[part]!r}, or names it otherwise")
     tables = {
         part: read_table(place, columns) if place.is_file() else _read_folder(place)

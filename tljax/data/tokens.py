@@ -29,7 +29,7 @@ class Tokenizer:
             raise BadInput(f"the tokenizer lacks {missing}: expected BERT's tokens {SPECIAL}")
         inner.no_padding()
         inner.enable_truncation(max_length)
-        self.inner, self.vocab_size = inner, inner.get_vocab_size()
+        self.inner, self.vocab_size, self.max_length = inner, inner.get_vocab_size(), max_length
         self.pad, _, self.cls, self.sep, self.mask = map(inner.token_to_id, SPECIAL)
 
     @classmethod
@@ -45,14 +45,22 @@ class Tokenizer:
 
 
 def train_wordpiece(texts: Iterable[str], vocab_size: int, max_length: int = 128) -> Tokenizer:
-    """Learn a lower-case WordPiece vocabulary; special tokens get the first ids."""
-    inner = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    inner.normalizer = normalizers.BertNormalizer(lowercase=True)
-    inner.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    """Learn a lower-case WordPiece vocabulary, the same in every process for the same texts."""
+    normalise, cut = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
+    learner = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    learner.normalizer, learner.pre_tokenizer = normalise, cut
+    texts = list(texts)
+    letters = {letter for text in texts for letter in normalise.normalize_str(text)}
+    # Else the trainer numbers them in the order of a hash map, which differs between processes.
+    inside = sorted(f"##{letter}" for letter in letters if not letter.isspace())
+    special = [*SPECIAL, *inside]
     trainer = trainers.WordPieceTrainer(
-        vocab_size=vocab_size, special_tokens=list(SPECIAL), show_progress=False
+        vocab_size=vocab_size, special_tokens=special, show_progress=False
     )
-    inner.train_from_iterator(texts, trainer)
+    learner.train_from_iterator(texts, trainer)
+    inner = tokenizers.Tokenizer(models.WordPiece(learner.get_vocab(), unk_token="[UNK]"))
+    inner.normalizer, inner.pre_tokenizer = normalise, cut
+    inner.add_special_tokens(list(SPECIAL))
     ends = ((token, inner.token_to_id(token)) for token in ("[SEP]", "[CLS]"))
     inner.post_processor = processors.BertProcessing(*ends)
     return Tokenizer(inner, max_length)
@@ -104,7 +112,8 @@ def encode(source: Source, tokenizer: Tokenizer, info: Info) -> Encoded:
         if tagged:
             pairs = zip(encodings, rows, strict=True)
             tags += [_on_first_piece(encoding.word_ids, row["label"]) for encoding, row in pairs]
-    shape = {"length": -(-max(map(len, ids)) // 8) * 8, "pad": tokenizer.pad}
+    length = min(-(-max(map(len, ids)) // 8) * 8, tokenizer.max_length)
+    shape = {"length": length, "pad": tokenizer.pad}
     return Encoded(ids=ids, types=types, tags=tags or None, labels=source.labels, **shape)
 
 
