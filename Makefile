@@ -1,5 +1,5 @@
-# make help lists the targets.  Everything lives in .venv, .cache, assets and runs; make clean removes
-# the first two.  A second call of a target that installs is instant: stamps tell what is there.
+# make help lists the targets.  Everything lives in .venv, .cache, assets and runs, and in ~/.cache/tljax
+# (prepared data, compiled programs); make clean removes the first two.  A second call of a target that installs is instant: stamps tell what is there.
 SHELL := bash
 # The first Python that is new enough and can make environments; override with make PYTHON=...
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3; do \

@@ -3,8 +3,9 @@
 #   launch/local.sh tljax train --config=configs/... --workdir=...
 # A training step on a CPU allocates and frees the same large buffers again and again.  By default
 # glibc gives each back to the kernel and faults it in anew: about 250,000 page faults in a ViT-S
-# step, about 100 with these settings.  The price is 0.5 to 2 GB more resident memory.  They must be in the environment before the process starts, so tljax cannot
-# set them itself; other C libraries (macOS, musl) ignore them.
+# step, about 100 with these settings.  The price is 0.5 to 2 GB more resident memory.  They must be
+# in the environment before the process starts, so tljax cannot set them itself; other C libraries
+# (macOS, musl) ignore them.
 set -euo pipefail
 [ $# -gt 0 ] || { echo "usage: launch/local.sh COMMAND..." >&2; exit 2; }
 export MALLOC_MMAP_MAX_=0                      # no mapping of its own for a large buffer

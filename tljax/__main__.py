@@ -47,7 +47,7 @@ def make_parser() -> argparse.ArgumentParser:
     predict.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="files or folders")
     predict.add_argument("--out", type=Path, default=Path("preds.jsonl"), help="JSONL to write")
     demo = add("demo", "adapt real weights to real data by every strategy, and compare")
-    demo.add_argument("--out", type=Path, default=Path("demo"), help="folder for table and plot")
+    demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of results")
     demo.add_argument("--fast", action="store_true", help="a quick check, not a result")
     return parser
 
@@ -113,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"tljax: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("tljax: interrupted; the same command goes on from the last save", file=sys.stderr)
+        print("tljax: interrupted; a run goes on from its last save", file=sys.stderr)
         return 130
     return 0
 

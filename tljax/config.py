@@ -95,7 +95,7 @@ class Run(Section):
     eval_every: Positive | None = None  # steps; None: at the end only
     save_every: Positive | None = None  # steps; None: at the end only
     keep: Positive = 2  # checkpoints
-    ema: Annotated[float, Field(gt=0, lt=1)] | None = None  # decay of the parameters' average
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = None  # decay of an average that evaluates
     threads: Count = 4  # of the data loader
 
 
