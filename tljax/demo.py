@@ -21,7 +21,7 @@ from tljax.types import BadInput, Tree
 RATES = {
     "scratch": (3e-4, 1e-3),
     "probe": (1e-2, 3e-2),
-    "bitfit": (3e-3, 1e-2),
+    "bitfit": (1e-3, 3e-3),
     "lora": (3e-3, 1e-2),
     "last_k": (1e-4, 3e-4),
     "full": (3e-5, 1e-4),
