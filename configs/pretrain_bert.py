@@ -18,6 +18,6 @@ def get_config() -> ConfigDict:
             "model": model,
             "strategy": {"name": "scratch"},
             "optim": {"lr": 1e-3, "decay": 0.01, "warmup": 300, "beta2": 0.98},
-            "run": {"steps": 6000, "batch": 64, "eval_every": 1000, "save_every": 1000},
+            "run": {"steps": 4000, "batch": 64, "eval_every": 1000, "save_every": 1000},
         }
     )

@@ -7,9 +7,10 @@ import pytest
 from PIL import Image, ImageEnhance, ImageOps
 from scipy import ndimage, stats
 
+from tljax.config import Augment
 from tljax.data import augment
-from tljax.data.augment import AugmentImage, MixImages, random_erasing, random_resized_crop
-from tljax.data.transforms import FitImage, Normalise, center_crop, normalise, resize
+from tljax.data.augment import MixImages, TransformImage, random_erasing, random_resized_crop
+from tljax.data.transforms import IMAGENET, fit, normalise, resize
 from tljax.types import BadInput
 
 
@@ -42,11 +43,14 @@ def test_resize_equals_torch_with_antialias_to_rounding(image, size):
 
 
 def test_fitting_keeps_the_middle_and_the_proportions(image):
-    fitted = FitImage(size=24, resize=30)({"image": image})["image"]
-    reference = Image.fromarray(image).resize((42, 30), Image.Resampling.BICUBIC)
-    np.testing.assert_array_equal(fitted, np.asarray(reference.crop((9, 3, 33, 27))))
-    assert FitImage(24, 24)({"image": image[:, :, :1]})["image"].shape == (24, 24, 1)
-    assert center_crop(image, 10).tobytes() == image[15:25, 23:33].tobytes()
+    high = image.transpose(1, 0, 2)
+    cases = ((image, (42, 30), (6, 0, 36, 30)), (high, (30, 42), (0, 6, 30, 36)))
+    for pixels, size, box in cases:
+        fitted = fit({"image": pixels}, 30)
+        reference = Image.fromarray(pixels).resize(size, Image.Resampling.BICUBIC).crop(box)
+        np.testing.assert_array_equal(fitted["image"], np.asarray(reference))
+        assert fit(fitted, 30)["image"].tobytes() == fitted["image"].tobytes()
+    assert fit({"image": image[:, :, :1]}, 24)["image"].shape == (24, 24, 1)
 
 
 def test_normalise_follows_its_formula_in_float32_and_replicates_grey(image):
@@ -55,10 +59,11 @@ def test_normalise_follows_its_formula_in_float32_and_replicates_grey(image):
     found = normalise(image, mean, std)
     assert found.dtype == np.float32
     np.testing.assert_allclose(found, expected, atol=1e-6)  # float32 of numbers below 3
-    grey = image[:, :, :1]
+    grey = image[:, :40, :1]
     replicated = normalise(np.repeat(grey, 3, axis=2), mean, std)
     np.testing.assert_array_equal(normalise(grey, mean, std), replicated)
-    np.testing.assert_array_equal(Normalise(mean, std)({"image": grey}, rng())["image"], replicated)
+    evaluated = TransformImage(40, Augment(), mean, std)({"image": grey}, rng())["image"]
+    np.testing.assert_array_equal(evaluated, replicated)
 
 
 # -- crop, flip, erase --------------------------------------------------------------------------
@@ -85,7 +90,7 @@ def test_crop_is_the_box_resized_by_pillow(image):
         top, left, height, width = augment.sample_box(40, 56, rng(seed), (0.08, 1), (3 / 4, 4 / 3))
         box = (left, top, left + width, top + height)
         expected = Image.fromarray(image).crop(box).resize((32, 32), Image.Resampling.BICUBIC)
-        found = random_resized_crop(image, rng(seed), 32)
+        found = random_resized_crop(image, rng(seed), 32, scale=(0.08, 1))
         np.testing.assert_array_equal(found, np.asarray(expected))
 
 
@@ -233,7 +238,8 @@ def test_rand_augment_applies_count_operations_drawn_evenly(image):
 
 
 def test_augmentation_is_a_function_of_its_generator(image):
-    transform = AugmentImage(32, rand_augment=(2, 9), erase=0.5)
+    some = Augment(crop_scale=(0.08, 1.0), flip=True, randaugment=(2, 9), erase=0.5)
+    transform = TransformImage(32, some)
     first, again, other = (transform({"image": image}, rng(seed))["image"] for seed in (0, 0, 1))
     np.testing.assert_array_equal(first, again)
     assert not np.array_equal(first, other)
@@ -242,11 +248,13 @@ def test_augmentation_is_a_function_of_its_generator(image):
     assert grey.shape == (32, 32, 3)
 
 
-def test_without_chance_the_training_transform_is_the_evaluation_transform(image):
-    square = {"image": image[:, :40]}
-    still = AugmentImage(24, crop=None, flip=0)(square, rng())["image"]
-    evaluated = Normalise()(FitImage(24, 24)(square), rng())["image"]
-    np.testing.assert_array_equal(still, evaluated)
+def test_without_augmentation_nothing_is_left_to_chance(image):
+    evaluated = TransformImage(24, Augment())
+    fitted = fit({"image": image}, 24)
+    for seed in range(20):
+        found = evaluated({"image": image}, rng(seed))["image"]
+        np.testing.assert_array_equal(found, normalise(fitted["image"], **IMAGENET))
+    np.testing.assert_array_equal(found, evaluated(fitted, rng())["image"])
 
 
 # -- batches ------------------------------------------------------------------------------------
@@ -276,7 +284,7 @@ def test_smoothed_labels_give_torchs_smoothed_loss():
 def test_mixup_shares_follow_the_beta_law_and_mix_images_and_labels_alike(alpha):
     data, shares = batch(), []
     for seed in range(600):
-        out = MixImages(5, mixup=alpha)(data, rng(seed))
+        out = MixImages(5, Augment(mixup=alpha))(data, rng(seed))
         share = float(out["label"][0, 0])  # row 0 has class 0, its partner class 1
         shares.append(share)
         expected = share * data["image"][0] + (1 - share) * data["image"][1]
@@ -288,7 +296,7 @@ def test_mixup_shares_follow_the_beta_law_and_mix_images_and_labels_alike(alpha)
 def test_cutmix_label_share_is_the_pasted_area_exactly():
     data, shares = batch(), []
     for seed in range(300):
-        out = MixImages(5, cutmix=1.0)(data, rng(seed))
+        out = MixImages(5, Augment(cutmix=1.0))(data, rng(seed))
         own = (out["image"] == data["image"]).all(axis=3)
         partner = (out["image"] == data["image"][np.arange(8) ^ 1]).all(axis=3)
         assert (own ^ partner).all()
@@ -312,7 +320,7 @@ def test_cutmix_box_has_the_drawn_area_where_it_is_not_clipped():
 
 def test_mixing_does_not_depend_on_how_many_processes_share_the_batch():
     data = batch(8)
-    mix = MixImages(5, mixup=0.8, cutmix=1.0, smoothing=0.1)
+    mix = MixImages(5, Augment(mixup=0.8, cutmix=1.0, smoothing=0.1))
     kinds = set()
     for seed in range(20):
         whole = mix(data, rng(seed))
@@ -326,6 +334,6 @@ def test_mixing_does_not_depend_on_how_many_processes_share_the_batch():
 
 
 def test_without_mixing_only_labels_soften():
-    out = MixImages(5, smoothing=0.1)(batch(7), rng())
+    out = MixImages(5, Augment(smoothing=0.1))(batch(7), rng())
     assert out["image"].tobytes() == batch(7)["image"].tobytes()
     np.testing.assert_allclose(out["label"].max(axis=1), 0.92, rtol=1e-6)

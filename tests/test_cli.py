@@ -408,3 +408,15 @@ def test_a_run_describes_itself(run, config):
     assert "8 x cpu" in record["device"]
     _, out, _ = call("inspect", f"--config={config}")
     assert (run / "tables.txt").read_text().strip() in out
+
+
+def test_the_demo_goes_on_with_what_is_there(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("TLJAX_ASSETS", str(tmp_path / "none"))
+    assert main(["demo", "--fast", f"--out={tmp_path}"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("left out: ") == 2 and "make assets" in printed
+    ((title, (row,)),) = json.loads((tmp_path / "results.json").read_text()).items()
+    assert "digits" in title and row["strategy"] == "scratch"
+    assert row["low"] <= row["accuracy"] <= row["high"] and row["n"] == 256
+    with Image.open(tmp_path / "results.png") as picture:
+        assert picture.width > 1000

@@ -11,9 +11,12 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from tljax.data.builders_image import find_asset, stratified_order
-from tljax.data.loader import Cached, eval_batches, prefetch_to_device, train_batches
-from tljax.data.sources import Info, Rows, Source, open_data, subset
+from tljax.config import Data
+from tljax.data import sources
+from tljax.data.builders_image import Local, Material, find_asset, stratified_order
+from tljax.data.loader import Cached, Loader, prefetch_to_device
+from tljax.data.pipeline import open_pipeline, unlabelled
+from tljax.data.sources import Info, Rows, Source, Splits, subset
 from tljax.data.tokens import MaskTokens, Tokenizer, encode, pack, train_wordpiece
 from tljax.types import BadInput
 
@@ -37,6 +40,10 @@ class Numbers(Source):
 
     def __getitem__(self, index: int) -> dict:
         return {"image": np.full((2, 2, 1), index, np.uint8), "label": self.labels[index]}
+
+
+def open_data(name: str, task: str | None = None, **options) -> Splits:
+    return sources.open_data(Data(name=name, **options), task)
 
 
 def take(iterator, count: int) -> list:
@@ -90,11 +97,12 @@ def test_labels_agree_with_the_examples_and_parts_keep_the_class_shares(digits):
 def test_data_need_no_tensorflow(tmp_path):
     code = """if True:
         import sys
-        from tljax.data.loader import train_batches
+        from tljax.config import Augment, Data
+        from tljax.data.augment import TransformImage
+        from tljax.data.loader import Loader
         from tljax.data.sources import open_data
-        from tljax.data.transforms import FitImage, Normalise
-        splits = open_data("digits")
-        next(train_batches(splits.train, Normalise(), 4, seed=0))
+        splits = open_data(Data(name="digits"))
+        next(Loader(4).train(splits.train, TransformImage(8, Augment()), seed=0))
         sys.exit("tensorflow" in sys.modules)
     """
     environment = {"TLJAX_DATA": str(tmp_path), "PATH": "", "PYTHONPATH": ":".join(sys.path)}
@@ -262,6 +270,113 @@ def test_folder_of_tables_keeps_its_own_parts(tmp_path):
     assert texts(splits.test) == ["test 0", "test 1", "test 2", "test 3"]
 
 
+TAGGED = [
+    ("Ada  Lovelace visited London", ["B-PER", "I-PER", "O", "B-LOC"]),
+    ("nothing here", ["O", "O"]),
+] * 10
+
+
+def tagged_file(path: Path, rows=TAGGED) -> str:
+    lines = [json.dumps({"text": text, "label": tags}) for text, tags in rows]
+    path.write_text("\n".join(lines))
+    return str(path)
+
+
+def test_lists_of_labels_are_tags_where_the_task_says_so(tmp_path):
+    name = tagged_file(tmp_path / "t.jsonl")
+    names = ("B-LOC", "B-PER", "I-PER", "O")
+    assert open_data(name).info == Info("text", "multilabel", names)  # also with one a word
+    splits = open_data(name, "tag")
+    assert splits.info == Info("text", "tag", names) and splits.train.labels is None
+    for source in splits[:3]:
+        for i in range(len(source)):
+            expected = dict(TAGGED)[source[i]["text"]]
+            assert [names[tag] for tag in source[i]["label"]] == expected
+
+
+def open_texts(name: str, task: str | None, **options):
+    data, batch = Data(name=name, length=16, vocab=60, **options), {"batch": 4, "threads": 0}
+    return open_pipeline(data, task, preprocess=None, tokenizer=None, seed=0, **batch)
+
+
+def test_tags_of_a_file_reach_batches_and_predictions_one_a_word(tmp_path):
+    pipeline = open_texts(tagged_file(tmp_path / "t.jsonl"), "tag")
+    assert pipeline.task == "tag" and pipeline.labels == ("B-LOC", "B-PER", "I-PER", "O")
+    batch = next(pipeline.train_batches())
+    for label in batch["label"]:
+        assert label[label >= 0].tolist() in ([1, 2, 3, 0], [3, 3])
+    (batch,) = unlabelled(pipeline, [{"text": text} for text, _ in TAGGED[:2]])
+    assert (batch["label"] == 0)[batch["valid"]].sum(axis=1).tolist() == [4, 2]
+
+
+def test_tags_that_do_not_fit_their_words_name_the_row_and_both_counts(tmp_path):
+    path = tmp_path / "t.jsonl"
+    name = tagged_file(path, [*TAGGED, ("three words here", ["O", "O"])])
+    with pytest.raises(BadInput, match=f"{path}, row 21 has 3 words but 2 tags"):
+        open_data(name, "tag")
+    assert open_data(name).info.task == "multilabel"
+    (tmp_path / "parts").mkdir()
+    tagged_file(tmp_path / "parts/train.jsonl")
+    test = tmp_path / "parts/test.jsonl"
+    tagged_file(test, [("one", "O"), ("two words", ["O", "O", "O"])])
+    with pytest.raises(BadInput, match=f"{test}, row 2 has 2 words but 3 tags"):
+        open_data(str(tmp_path / "parts"), "tag")
+
+
+def test_whole_numbers_are_classes_or_numbers_as_the_task_says(tmp_path):
+    path = tmp_path / "stars.csv"
+    path.write_text("text,label\n" + "".join(f"text {i},{i % 5}\n" for i in range(20)))
+    assert open_data(str(path)).info == Info("text", "classify", tuple("01234"))
+    splits = open_data(str(path), "regress")
+    assert splits.info == Info("text", "regress") and splits.train.labels.dtype == np.float32
+    for source in splits[:3]:
+        expected = [int(text.split()[1]) % 5 for text in texts(source)]
+        assert source.labels.tolist() == expected
+    assert open_data(str(path), "classify").info == open_data(str(path)).info
+
+
+def test_a_task_that_the_labels_cannot_serve_names_those_they_can(tmp_path):
+    files = {
+        "words.csv": ("text,label\n" + "x,good\ny,bad\n" * 9, ["regress", "tag", "multilabel"]),
+        "halves.csv": ("text,label\n" + "x,0.5\ny,1\n" * 9, ["classify", "tag", "multilabel"]),
+        "plain.csv": ("text\n" + "x\n" * 9, ["classify", "regress", "tag", "multilabel"]),
+    }
+    for name, (content, tasks) in files.items():
+        (tmp_path / name).write_text(content)
+        for task in tasks:
+            with pytest.raises(BadInput, match=rf"task '{task}' does not fit .*{name}.*'mlm'\]"):
+                open_data(str(tmp_path / name), task)
+    with pytest.raises(BadInput, match=r"it can serve \['multilabel', 'tag', 'mlm'\]"):
+        open_data(tagged_file(tmp_path / "t.jsonl"), "classify")
+
+
+def test_a_part_without_labels_is_refused_unless_the_task_needs_none(tmp_path):
+    (tmp_path / "train.csv").write_text("text,label\n" + "the cat,1\na dog,0\n" * 40)
+    (tmp_path / "test.csv").write_text("text\n" + "the cat sat\n" * 40)
+    with pytest.raises(BadInput, match=r"the test part of .* has no labels"):
+        open_data(str(tmp_path))
+    assert open_texts(str(tmp_path), "mlm").labels is None
+
+
+@pytest.mark.parametrize("bad", ["train", "test"])
+def test_prepared_data_with_a_label_of_minus_one_name_the_part(tmp_path, monkeypatch, bad):
+    """As TFDS marks what nobody labelled; pictures' labels are else first read in training."""
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    page = Image.new("L", (4, 4))
+    rows = [
+        (part, 0, {"image": page, "label": -1 if part == bad and i == 3 else i % 2})
+        for part in ("train", "test")
+        for i in range(20)
+    ]
+    features = {
+        "image": sources.tfds.features.Image(shape=(4, 4, 1), encoding_format="png"),
+        "label": sources.ClassLabel(num_classes=2),
+    }
+    Local("blank", Material(features, rows, held={"test"}), tmp_path).download_and_prepare()
+    with pytest.raises(BadInput, match=f"the {bad} part .* label -1, outside its 2 classes"):
+        open_data("tfds:blank", validation=1)
+
+
 def test_wrong_inputs_say_what_was_expected(tmp_path, monkeypatch):
     def refuse(message: str, name: str, **options) -> None:
         with pytest.raises(BadInput, match=message):
@@ -296,7 +411,7 @@ def test_corrupt_image_is_named_and_reaches_the_training_loop(tmp_path, kept):
     Image.fromarray(pixels).save(path)
     path.write_bytes(path.read_bytes()[:kept])
     with pytest.raises(BadInput, match=r"test/a/3\.png cannot be decoded"):
-        list(eval_batches(open_data(str(tmp_path)).test, None, 4))
+        list(Loader(4).evaluate(open_data(str(tmp_path)).test, None))
 
 
 # -- the loader ---------------------------------------------------------------------------------
@@ -307,12 +422,12 @@ def ids(batches) -> list[int]:
 
 
 def test_each_epoch_sees_every_example_once_in_another_order():
-    flat = ids(take(train_batches(Numbers(23), None, 6, seed=0), 23))  # 6 epochs
+    flat = ids(take(Loader(6).train(Numbers(23), None, seed=0), 23))  # 6 epochs
     epochs = [flat[23 * e : 23 * (e + 1)] for e in range(6)]
     assert all(sorted(epoch) == list(range(23)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 6
     # Neighbouring seeds share no epoch either (grain's own seeds would).
-    other = ids(take(train_batches(Numbers(23), None, 6, seed=1), 23))
+    other = ids(take(Loader(6).train(Numbers(23), None, seed=1), 23))
     assert not {tuple(other[23 * e : 23 * (e + 1)]) for e in range(6)} & set(map(tuple, epochs))
 
 
@@ -326,11 +441,11 @@ def batch_noise(batch: dict, rng: np.random.Generator) -> dict:
 
 @pytest.mark.parametrize("threads", [0, 3])
 def test_batches_are_a_function_of_seed_and_step_wherever_one_starts(threads):
-    def batches(seed: int, **options) -> list[dict]:
-        made = train_batches(Numbers(50), noise, 8, seed, mix=batch_noise, **options)
-        return take(made, 9 - options.get("start_step", 0))
+    def batches(seed: int, start: int = 0, threads: int = 4) -> list[dict]:
+        loader = Loader(8, threads)
+        return take(loader.train(Numbers(50), noise, seed, batch_noise, start), 9 - start)
 
-    whole, again = batches(5), batches(5, start_step=4, threads=threads)
+    whole, again = batches(5), batches(5, start=4, threads=threads)
     for ours, theirs in zip(whole[4:], again, strict=True):
         for key in ours:
             np.testing.assert_array_equal(ours[key], theirs[key])
@@ -339,35 +454,31 @@ def test_batches_are_a_function_of_seed_and_step_wherever_one_starts(threads):
 
 
 def test_starting_late_costs_nothing():
-    late = next(train_batches(Numbers(7), None, 3, seed=0, start_step=10**9))
+    late = next(Loader(3).train(Numbers(7), None, seed=0, start=10**9))
     assert late["label"].shape == (3,)
 
 
 @pytest.mark.parametrize("count", [1, 2, 4])
 def test_global_batch_does_not_depend_on_the_number_of_processes(count):
-    whole = take(train_batches(Numbers(30), noise, 8, seed=2), 6)
-    parts = [
-        take(train_batches(Numbers(30), noise, 8, seed=2, process_index=p, process_count=count), 6)
-        for p in range(count)
-    ]
+    whole = take(Loader(8).train(Numbers(30), noise, seed=2), 6)
+    loaders = [Loader(8, process=p, processes=count) for p in range(count)]
+    parts = [take(loader.train(Numbers(30), noise, seed=2), 6) for loader in loaders]
     for step, batch in enumerate(whole):
         for key in batch:
             joined = np.concatenate([part[step][key] for part in parts])
             np.testing.assert_array_equal(batch[key], joined)
     with pytest.raises(BadInput, match="does not divide over 3"):
-        train_batches(Numbers(30), None, 8, seed=0, process_count=3)
+        Loader(8, processes=3)
 
 
 @pytest.mark.parametrize("count", [1, 2])
 def test_evaluation_counts_every_example_once(count):
-    parts = [
-        list(eval_batches(Numbers(21), noise, 8, process_index=p, process_count=count))
-        for p in range(count)
-    ]
+    loaders = [Loader(8, process=p, processes=count) for p in range(count)]
+    parts = [list(loader.evaluate(Numbers(21), noise)) for loader in loaders]
     assert {len(part) for part in parts} == {3}
     seen = [int(i) for part in parts for b in part for i in b["label"][b["valid"]]]
     assert sorted(seen) == list(range(21))
-    again = list(eval_batches(Numbers(21), noise, 8))
+    again = list(Loader(8).evaluate(Numbers(21), noise))
     joined = np.concatenate([parts[p][0]["noise"] for p in range(count)])
     np.testing.assert_array_equal(again[0]["noise"], joined)
 
@@ -395,7 +506,7 @@ def test_cache_keeps_prepared_then_raw_then_nothing(limit, reads, prepares):
 
 def test_prefetch_keeps_the_order_and_stays_ahead():
     put: list[int] = []
-    stream = prefetch_to_device(range(5), lambda x: put.append(x) or x, depth=2)
+    stream = prefetch_to_device(range(5), lambda x: put.append(x) or x)
     assert next(stream) == 0
     assert put == [0, 1]
     assert list(stream) == [1, 2, 3, 4]
@@ -426,7 +537,7 @@ def test_a_learnt_vocabulary_is_the_same_in_every_process():
 
 
 def test_encoding_pads_to_a_multiple_of_eight_and_masks_the_padding(tokenizer):
-    encoded = encode(sentences(), tokenizer, Info("text"))
+    encoded = encode(sentences(), tokenizer)
     longest = max(len(tokenizer.inner.encode(text).ids) for text in SENTENCES)
     assert encoded.length == min(-(-longest // 8) * 8, tokenizer.max_length)
     for i, text in enumerate(SENTENCES):
@@ -440,7 +551,7 @@ def test_encoding_pads_to_a_multiple_of_eight_and_masks_the_padding(tokenizer):
 
 def test_pairs_are_told_apart_by_their_types(tokenizer):
     pairs = Rows([{"text": "the cat", "text_b": "a dog"}], None)
-    row = encode(pairs, tokenizer, Info("text"))[0]
+    row = encode(pairs, tokenizer)[0]
     first = len(tokenizer.inner.encode("the cat").ids)
     second = len(tokenizer.inner.encode("a dog").ids) - 1
     assert row["token_type_ids"].tolist()[: first + second] == [0] * first + [1] * second
@@ -476,7 +587,7 @@ def test_tokenizer_equals_transformers_on_its_own_files():
 def test_a_tag_stands_on_the_first_piece_of_its_word_only(tokenizer):
     words = ["the", "unbelievable", "cat"]
     source = Rows([{"text": " ".join(words), "label": np.array([7, 8, 9], np.int32)}], None)
-    row = encode(source, tokenizer, Info("text", "tag", tuple("0123456789")))[0]
+    row = encode(source, tokenizer)[0]
     pieces = [len(tokenizer.inner.encode(word, add_special_tokens=False).ids) for word in words]
     assert pieces[1] > 1
     expected = [-1]
@@ -502,7 +613,7 @@ def test_packing_loses_no_token_but_the_tail(tokenizer):
 
 
 def test_masking_follows_bert(tokenizer):
-    mask = MaskTokens.of(tokenizer)
+    mask = MaskTokens(tokenizer)
     rng = np.random.default_rng(0)
     ids = rng.integers(5, tokenizer.vocab_size, size=200_000, dtype=np.int32)
     ids[::10] = rng.integers(0, 5, size=20_000)

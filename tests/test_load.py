@@ -38,6 +38,10 @@ def abstract(tree):
     return jax.eval_shape(lambda: jax.tree.map(jnp.asarray, tree))
 
 
+def ignored(report):
+    return {row.path: row.detail for row in report.rows if row.status == "ignored"}
+
+
 def test_every_leaf_of_an_equal_tree_is_loaded_bitwise():
     source, start = make_tree(0), make_tree(1)
     edit, report = load(source, abstract(start))
@@ -46,7 +50,6 @@ def test_every_leaf_of_an_equal_tree_is_loaded_bitwise():
     jax.tree.map(np.testing.assert_array_equal, filled, source)
     assert report.counts() == {"loaded": len(SHAPES)}
     assert report.share == 1
-    assert report.ignored == {}
 
 
 def test_values_are_arguments_of_jit_and_take_the_dtype_of_the_target():
@@ -72,7 +75,7 @@ def test_a_fresh_leaf_keeps_its_value_and_its_source_counts_as_unused():
         np.testing.assert_array_equal(filled[path], expected)
     assert report.counts() == {"loaded": 4, "fresh": 2, "ignored": 2}
     assert report.share == pytest.approx(1 - 15 / sum(np.prod(s) for s in SHAPES.values()))
-    assert report.ignored == {"params/head/kernel": "new task", "params/head/bias": "new task"}
+    assert ignored(report) == {"params/head/kernel": "new task", "params/head/bias": "new task"}
 
 
 def test_a_source_without_a_head_is_ordinary():
@@ -96,7 +99,7 @@ def test_a_source_leaf_without_target_raises_until_ignored():
     with pytest.raises(BadInput, match="the model has no params/head/bias"):
         load(source, target)
     edit, report = load(source, target, ignored=(("params/head/*", "another task"),))
-    assert report.ignored["params/head/bias"] == "another task"
+    assert ignored(report)["params/head/bias"] == "another task"
     assert "params/head/bias" not in edit.values
 
 

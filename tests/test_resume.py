@@ -178,7 +178,8 @@ def test_each_interval_is_logged_once(vit):
 def test_a_finished_run_says_so_and_changes_nothing(vit, capsys):
     stamps = {path: path.stat().st_mtime_ns for path in vit.rglob("*")}
     capsys.readouterr()
-    assert main(["train", f"--config={vit.with_suffix('.py')}", f"--workdir={vit}"]) == 0
+    words = [f"--config={vit.with_suffix('.py')}", f"--workdir={vit}", "--config.run.threads=1"]
+    assert main(["train", *words]) == 0  # threads move no bit, so others are the same run
     assert "is finished" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in vit.rglob("*")} == stamps
 
@@ -242,6 +243,31 @@ def test_a_run_is_adapted_by_lora_and_keeps_its_head(folder, vit, capsys):
     assert np.abs(tree["params"]["blocks"]["0"]["attention"]["query"]["lora"]["b"]).max() > 1e-3
     # Folded or beside the kernel: the same sum in another order.
     np.testing.assert_allclose(*logits, atol=2e-5, rtol=0)
+
+
+def test_only_trained_leaves_have_an_average(folder, vit):
+    train(
+        folder / "averaged",
+        data=DIGITS,
+        weights=str(vit),
+        strategy={"name": "lora", "rank": 2},
+        optim={"lr": 0.05},
+        run={"steps": 4, "batch": 16, "ema": 0.5},
+    )
+    tree = read_tree(folder / "averaged")
+    averages = flatten(tree["ema"])
+    assert all(path.endswith(("/a", "/b")) or "/head/" in path for path in averages)
+    # A source has the averages in place of the values, folded into the kernels around them.
+    head = open_source(str(folder / "averaged")).tree["params"]["head"]["kernel"]
+    np.testing.assert_array_equal(head, averages["params/head/kernel"])
+    assert not np.array_equal(head, tree["params"]["head"]["kernel"])
+
+
+def test_frozen_random_features_are_pointed_out(folder, capsys):
+    capsys.readouterr()
+    run = {"steps": 2, "batch": 16}
+    train(folder / "random", data=DIGITS, model=VIT, strategy={"name": "probe"}, run=run)
+    assert "stays at random initialisation" in capsys.readouterr().out
 
 
 def test_a_run_is_adapted_by_probe_to_other_labels(folder, resnet, capsys):

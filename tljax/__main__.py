@@ -1,7 +1,6 @@
 """The command line: one verb each, thin."""
 
 import argparse
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -67,27 +66,25 @@ def overrides_of(rest: Sequence[str], verb: str, parser: argparse.ArgumentParser
 
 def run(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
     """Do what the verb says."""
+    # A program that was compiled once starts at once, in this process and in its children.
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache/tljax/jax"))
     # Imported late, so that --help and a misspelt verb answer at once.
-    import jax
-
     from tljax import inference, train
     from tljax.build import build, precision, read_config
+    from tljax.checkpoint import to_json
 
-    # A program that was compiled once starts at once; JAX_COMPILATION_CACHE_DIR moves the cache.
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache/tljax/jax"))
     if arguments.verb in ("train", "inspect"):
         config = read_config(arguments.config, overrides)
         with precision(config):
             experiment = build(config)
             if arguments.verb == "train":
-                print(json.dumps(train.train(experiment, arguments.workdir), indent=2))
+                print(to_json(train.train(experiment, arguments.workdir)))
             else:
                 print(train.tables(experiment))
                 print(train.plan(experiment, train.compile_step(experiment)))
     elif arguments.verb == "eval":
         scores = inference.evaluate_run(arguments.workdir, arguments.split, arguments.data)
-        print(json.dumps(scores, indent=2))
+        print(to_json(scores))
     elif arguments.verb == "predict":
         count = inference.predict_run(arguments.workdir, arguments.paths, arguments.out)
         print(f"{count} predictions in {arguments.out}")

@@ -30,7 +30,7 @@ from tljax.source import open_source
 from tljax.state import Roles, State, apply_edits, assign_roles, make_birth, optimizer_specs
 from tljax.step import Shardings, make_step
 from tljax.strategies import STRATEGIES, Average, Strategy
-from tljax.tree import flatten, nearest, split
+from tljax.tree import flatten, map_with_path, nearest, split
 from tljax.types import BadInput, Edit, Key, Rules, Tree
 from tljax.weights import Source
 
@@ -253,16 +253,21 @@ def build(config: Config, parts: tuple[Source | None, Pipeline] | None = None) -
     tree = jax.eval_shape(partial(apply_edits, strategy.edits), tree, key)
     objective = objectives.add(objectives.make_objective(task, model), *strategy.terms)
     objective = sharding.under(mesh, objective)
-    if config.run.ema:
-        objective = objectives.average(objective, config.run.ema ** (1 / config.run.microbatches))
     roles = assign_roles(tree, config.roles, strategy.roles, objective, batch, key)
     if loads:
         require_no_random_freeze(report, roles)
+    edits = strategy.edits
+    if config.run.ema:
+        average = Average(tuple(p for p, role in flatten(roles.tree).items() if role == "train"))
+        edits, tree = (*edits, average), average(tree, key)
+        own = map_with_path(lambda *_: "track", average(roles.tree, key)["ema"])
+        roles = roles._replace(tree=roles.tree | {"ema": own})
+        objective = objectives.average(objective, config.run.ema ** (1 / config.run.microbatches))
     trainable = split(tree, roles.tree).train
     optimizer = config.optim.model_dump() | {"steps": config.run.steps, "groups": strategy.groups}
     tx = optim.make_tx(trainable, **optimizer)
     birth = make_birth(init, roles.tree, tx, jnp.dtype(config.precision.compute))
-    abstract = jax.eval_shape(birth, strategy.edits, key)
+    abstract = jax.eval_shape(birth, edits, key)
     specs = sharding.specs(tree, mesh, config.specs)
     shardings = make_shardings(mesh, specs, roles.tree, tx, abstract[0])
     with_sharding = jax.jit(birth, out_shardings=(shardings.state, shardings.frozen))
@@ -276,7 +281,7 @@ def build(config: Config, parts: tuple[Source | None, Pipeline] | None = None) -
         roles=roles,
         specs=specs,
         shardings=shardings,
-        birth=partial(with_sharding, strategy.edits),
+        birth=partial(with_sharding, edits),
         abstract=place(abstract, (shardings.state, shardings.frozen)),
         step=make_step(objective, tx, config.seed, shardings, config.run.microbatches),
         predict=jax.jit(predict, out_shardings=shardings.scalar),
@@ -302,14 +307,10 @@ def init_model(model: nn.Module, batch: Any, key: jax.Array) -> Tree:
 def make_strategy(
     config: Config, tree: Tree, source: tuple[Edit, ...], read: str | None
 ) -> Strategy:
-    """Apply the strategy's name and options to the tree; an average is one more edit and role."""
+    """Apply the strategy's name and options to the tree."""
     function = STRATEGIES[config.strategy.name]
     check_options(function, config.strategy.options(), f"strategy {config.strategy.name}")
-    strategy = function(tree, source, read, **config.strategy.options())
-    if not config.run.ema:
-        return strategy
-    edits: tuple[Edit, ...] = (*strategy.edits, Average())
-    return Strategy(edits, (*strategy.roles, ("ema/**", "track")), strategy.groups, strategy.terms)
+    return function(tree, source, read, **config.strategy.options())
 
 
 def make_shardings(

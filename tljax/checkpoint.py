@@ -136,9 +136,14 @@ def read_tree(workdir: str | Path) -> Tree:
         return checkpoints.read()
 
 
+def to_json(content: Any) -> str:
+    """Write a document as strict JSON: NaN and infinity become null."""
+    return json.dumps(json.loads(json.dumps(content), parse_constant=lambda _: None), indent=2)
+
+
 def write_json(path: str | Path, content: Any) -> None:
     """Write a document whole or not at all; of several processes the first one writes."""
-    write_text(path, f"{json.dumps(content, indent=2)}\n")
+    write_text(path, f"{to_json(content)}\n")
 
 
 def write_text(path: str | Path, content: str) -> None:

@@ -1,8 +1,13 @@
 """The main job in one command: real weights, real data, every strategy, what each bought."""
 
+import multiprocessing
+import os
 import time
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
+from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -28,19 +33,19 @@ RATES = {
 }
 """Two learning rates to choose from on validation: the same number of trials for every strategy."""
 OPTIONS = {"last_k": {"head_rate": 30.0}, "full": {"head_rate": 100.0}}
-STEPS, TRIAL_STEPS = 32, 8  # of 32 examples: an epoch of the 1,000 labels, a quarter for a trial
+STEPS, TRIAL_STEPS, BATCH = 62, 20, 16  # an epoch of the 1,000 labels; the better trial goes on
 QUICK = ("probe",)  # strategies cheap enough for three seeds
-
+WORKERS = 2  # cells side by side on a CPU: two of one core do more than one of two
 
 JOBS: dict[str, dict[str, Any]] = {
     "DINOv2 ViT-S/14 on Fashion-MNIST": {
-        "data": {"name": "fashion", "labels": 1000, "validation": 192, "test": "test[:2000]"}
+        "data": {"name": "fashion", "labels": 1000, "validation": 256, "test": "test[:2000]"}
         | {"image_size": 98},
         "weights": "dinov2-vits14",
         "model": {"read": "blocks/5", "pool": "cls+mean"},
     },
     "MiniLM-L6 on movie sentiment": {
-        "data": {"name": "sentiment/movies", "labels": 1000, "validation": 192, "length": 40},
+        "data": {"name": "sentiment/movies", "labels": 1000, "validation": 256, "length": 40},
         "weights": "minilm-l6",
         "model": {"pool": "mean"},
     },
@@ -51,46 +56,57 @@ FALLBACK: dict[str, dict[str, Any]] = {
         "model": {"name": "vit", "width": 64, "depth": 4, "heads": 4, "mlp": 256, "patch": 4},
     },
 }
+HEADER = (
+    f"{'strategy':8} {'accuracy':>8} {'95 % interval':16} {'seeds':>5} "
+    f"{'trainable':>12} {'share':>7} {'FLOPs':>8}  {'s':>6}  lr"
+)
 
 
-def configure(base: dict[str, Any], strategy: str, fast: bool) -> Config:
-    """Return the config of one cell: the base, with the strategy's options."""
-    steps = 4 if fast else STEPS
-    run = {"steps": steps, "batch": 32}
+def configure(title: str, strategy: str, fast: bool) -> Config:
+    """Return the config of one cell: its job's, with the strategy's options."""
+    base, steps = (JOBS | FALLBACK)[title], 4 if fast else STEPS
+    run = {"steps": steps, "batch": BATCH}
     optim = {"decay": 0.01, "warmup": steps // 10}
     chosen = {"name": strategy} | OPTIONS.get(strategy, {})
     data = base["data"] | ({"test": "test[:256]", "validation": 64} if fast else {})
     return parse({**base, "data": data, "strategy": chosen, "run": run, "optim": optim})
 
 
-def fit(
-    experiment: Experiment, compiled: jax.stages.Compiled, lr: float, steps: int, seed: int = 0
-) -> Tree:
-    """Train for some steps at one learning rate and return the whole tree."""
+@cache
+def parts_of(title: str, fast: bool) -> Any:
+    """Open a job's weights and data, once a process."""
+    return open_parts(configure(title, "scratch", fast))
+
+
+def trees(
+    experiment: Experiment, compiled: jax.stages.Compiled, lr: float, seed: int = 0
+) -> Iterator[Tree]:
+    """Yield the whole tree after every step of a run at one learning rate."""
     experiment = replace(experiment, data=replace(experiment.data, seed=seed))
     born, frozen = experiment.birth(jax.random.key(seed))
-    state = born = replace(born, opt=with_lr(born.opt, lr))
-    for step, state, _ in advance(experiment, compiled, (born, frozen)):  # noqa: B007
-        if step == steps:
-            break
-    return join(state.params, state.track, frozen)
+    born = replace(born, opt=with_lr(born.opt, lr))
+    for _, state, _ in advance(experiment, compiled, (born, frozen)):
+        yield join(state.params, state.track, frozen)
 
 
-def cell(base: dict[str, Any], strategy: str, parts: Any, fast: bool) -> dict[str, Any]:
-    """Choose a learning rate on validation, train with it, and read the test part once a seed."""
+def cell(title: str, strategy: str, fast: bool) -> dict[str, Any]:
+    """Try two learning rates for some steps, let the better on validation go on, and read test."""
     began = time.perf_counter()
-    config = configure(base, strategy, fast)
-    steps, trial_steps = config.run.steps, 2 if fast else TRIAL_STEPS
-    experiment = build(config, parts)
+    config = configure(title, strategy, fast)
+    experiment = build(config, parts_of(title, fast))
     compiled = compile_step(experiment)
+    steps, first = config.run.steps, 2 if fast else TRIAL_STEPS
+    runs = {lr: trees(experiment, compiled, lr) for lr in RATES[strategy]}
     trials = {
-        lr: score(experiment, fit(experiment, compiled, lr, trial_steps), "validation")["accuracy"]
-        for lr in RATES[strategy]
+        lr: score(experiment, next(islice(run, first - 1, None)), "validation")["accuracy"]
+        for lr, run in runs.items()
     }
     best = max(trials, key=lambda lr: trials[lr])
-    tests = []
-    for seed in range(3 if strategy in QUICK and not fast else 1):
-        tests.append(score(experiment, fit(experiment, compiled, best, steps, seed), "test"))
+    last = next(islice(runs.pop(best), steps - first - 1, None))
+    tests = [score(experiment, last, "test")]
+    for seed in (1, 2) if strategy in QUICK and not fast else ():
+        last = next(islice(trees(experiment, compiled, best, seed), steps - 1, None))
+        tests.append(score(experiment, last, "test"))
     state, frozen = experiment.abstract
     values, n = [test["accuracy"] for test in tests], int(tests[0]["n"])
     low, high = wilson(round(float(np.mean(values)) * n), n)
@@ -112,34 +128,66 @@ def cell(base: dict[str, Any], strategy: str, parts: Any, fast: bool) -> dict[st
     }
 
 
-def cells(base: dict[str, Any], fast: bool) -> Iterator[dict[str, Any]]:
-    """Yield the row of every strategy; without weights there is only scratch."""
-    parts = open_parts(configure(base, "scratch", fast))
-    for strategy in RATES if "weights" in base else ("scratch",):
-        row = cell(base, strategy, parts, fast)
-        interval = f"[{row['low']:.3f}, {row['high']:.3f}]"
-        seeds = "  mean of seeds in [{:.3f}, {:.3f}]".format(*row["seed_interval"] or (0, 0))
-        print(
-            f"{row['strategy']:8} {row['accuracy']:8.3f} {interval:16} {row['seeds']:5} "
-            f"{row['trainable']:>12,} {row['share']:7.2%} {human(row['flops']):>8}  "
-            f"{row['seconds']:6.1f}  {row['lr']:g}" + seeds * bool(row["seed_interval"]),
-            flush=True,
-        )
-        yield row
+def line(row: Mapping[str, Any]) -> str:
+    """Write a row of the table."""
+    interval = f"[{row['low']:.3f}, {row['high']:.3f}]"
+    seeds = "  mean of seeds in [{:.3f}, {:.3f}]".format(*row["seed_interval"] or (0, 0))
+    return (
+        f"{row['strategy']:8} {row['accuracy']:8.3f} {interval:16} {row['seeds']:5} "
+        f"{row['trainable']:>12,} {row['share']:7.2%} {human(row['flops']):>8}  "
+        f"{row['seconds']:6.1f}  {row['lr']:g}" + seeds * bool(row["seed_interval"])
+    )
+
+
+def _take_cores(places: Any) -> None:
+    if mine := places.get():
+        os.sched_setaffinity(0, mine)
+
+
+def workers() -> ProcessPoolExecutor:
+    """Start processes for the cells: on a CPU each with its own cores, else a single one."""
+    count = WORKERS if jax.default_backend() == "cpu" else 1
+    context = multiprocessing.get_context("spawn")  # a fork of a process with threads may hang
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    places = context.Queue()
+    for number in range(count):
+        places.put(cores[number::count])
+    return ProcessPoolExecutor(count, context, _take_cores, (places,))
+
+
+def open_jobs(fast: bool) -> Iterator[tuple[str, str]]:
+    """Yield the (title, strategy) of every cell that this machine has the files for."""
+    there = []
+    for title in JOBS:
+        try:
+            parts_of(title, fast)  # here and not in two processes at once: it prepares the data
+            there.append(title)
+        except BadInput as error:
+            print(f"left out: {title}: {error}")
+    for title in there:
+        yield from ((title, strategy) for strategy in RATES)
+    if len(there) < len(JOBS):
+        yield from ((title, "scratch") for title in FALLBACK)
 
 
 def run(out: Path, fast: bool = False) -> None:
     """Run every job that this machine has the files for; write results.json and results.png."""
     out.mkdir(parents=True, exist_ok=True)
+    cells = list(open_jobs(fast))
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    with workers() as pool:
+        waiting = {pool.submit(cell, *one, fast): one for one in cells}
+        for done in as_completed(waiting):
+            title, strategy = waiting[done]
+            found[title, strategy] = row = done.result()
+            accuracy = f"accuracy {row['accuracy']:.3f} in {row['seconds']:.0f} s"
+            print(f"{len(found)}/{len(cells)}  {title}: {strategy}  {accuracy}", flush=True)
     results: dict[str, list[dict[str, Any]]] = {}
-    for title, base in (JOBS | FALLBACK).items():
-        if title in FALLBACK and len(results) == len(JOBS):
-            continue
-        print(f"\n{title}; {base['data'].get('labels', 'all')} labels\n{HEADER}")
-        try:
-            results[title] = list(cells(base, fast))
-        except BadInput as error:
-            print(f"left out: {error}")
+    for one in cells:
+        results.setdefault(one[0], []).append(found[one])
+    for title, rows in results.items():
+        labels = (JOBS | FALLBACK)[title]["data"].get("labels", "all")
+        print(f"\n{title}; {labels} labels\n{HEADER}", *map(line, rows), sep="\n")
     write_json(out / "results.json", results)
     plot(results, out / "results.png")
     print(
@@ -169,9 +217,3 @@ def plot(results: Mapping[str, list[dict[str, Any]]], path: Path) -> None:
             panel.set_xscale("log" if key == "trainable" else "linear")
             panel.grid(alpha=0.3)
     figure.savefig(path, dpi=110)
-
-
-HEADER = (
-    f"{'strategy':8} {'accuracy':>8} {'95 % interval':16} {'seeds':>5} "
-    f"{'trainable':>12} {'share':>7} {'FLOPs':>8}  {'s':>6}  lr"
-)

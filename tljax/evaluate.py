@@ -33,14 +33,12 @@ def evaluate(
     collected = [_fetch(rows) for rows in ahead]
     rows = {name: np.concatenate([part[name] for part in collected]) for name in collected[0]}
     scores = metrics.score(task, rows, names or ())
-    name = metrics.primary(task, scores)
+    name = next(iter(scores))
     low, high = interval(task, rows, names or ())
     return scores | {"n": len(next(iter(rows.values()))), f"{name}/low": low, f"{name}/high": high}
 
 
-def interval(
-    task: str, rows: Rows, names: Sequence[str] = (), seed: int = 0
-) -> tuple[float, float]:
+def interval(task: str, rows: Rows, names: Sequence[str]) -> tuple[float, float]:
     """Bound the primary metric; where tokens are scored, the sample is sentences, not tokens."""
     statistic: Callable[..., float] = metrics.ratio
     if task == "classify":
@@ -57,7 +55,7 @@ def interval(
         statistic = by_task[task]
     # n resamples cost n times the statistic, so large arrays get fewer.
     n = int(np.clip(2e7 // sum(array.size for array in rows.values()), 100, 2000))
-    return metrics.bootstrap(sample, statistic, seed, n)
+    return metrics.bootstrap(sample, statistic, n=n)
 
 
 def _rows(outputs: Mapping[str, Any], batch: Batch, task: str) -> dict[str, Any]:

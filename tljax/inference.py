@@ -18,8 +18,8 @@ from tljax.config import Config, parse
 from tljax.data.pipeline import Pipeline, open_pipeline, unlabelled
 from tljax.data.sources import PICTURES, TABLES, read_table
 from tljax.evaluate import evaluate
-from tljax.source import as_fields, read_record
-from tljax.types import BadInput, Batch, Rules, Tree
+from tljax.source import read_record
+from tljax.types import BadInput, Batch, Tree
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,10 @@ def open_finished(workdir: Path, data: str | None = None) -> Finished:
     """
     record = read_record(workdir)
     facts, config = record["model"], parse(record["config"])
-    mesh, rules = find_mesh(config)
+    try:
+        mesh, rules = sharding.make_mesh(**config.mesh.model_dump()), config.specs
+    except BadInput:  # other devices than the run's: data parallel
+        mesh, rules = sharding.make_mesh(), ()
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
     other = {"name": data, "labels": None, "validation": 0.1, "test": "test"}
     chosen = config.data.model_copy(update=other if data else {})
@@ -49,29 +52,19 @@ def open_finished(workdir: Path, data: str | None = None) -> Finished:
         chosen,
         facts["task"],
         preprocess=facts["preprocess"],
-        tokenizer=workdir / facts["tokenizer"] if facts["tokenizer"] else None,
+        tokenizer=facts["tokenizer"],
         batch=-(-config.run.batch // ways) * ways,
         threads=config.run.threads,
         seed=config.seed,
     )
     require_same_kind(pipeline, facts, workdir, chosen.name)
-    fields, dtype = as_fields(facts["fields"]), jnp.dtype(config.precision.compute)
-    model = MODELS[facts["name"]](**fields, dtype=dtype)
-    here = sharding.on(mesh, sharding.REPLICATED)
+    model = MODELS[facts["name"]](**facts["fields"], dtype=jnp.dtype(config.precision.compute))
     predict = sharding.under(mesh, objectives.make_predict(facts["task"], model))
+    jitted = jax.jit(predict, out_shardings=sharding.on(mesh, sharding.REPLICATED))
     tree = read_tree(workdir)
     # Placed as in training, so that sums have the same order and metrics the same last digit.
     tree = jax.device_put(tree, sharding.on(mesh, sharding.specs(tree, mesh, rules)))
-    jitted = jax.jit(predict, out_shardings=here)
     return Finished(config, tree, facts, pipeline, jitted, mesh)
-
-
-def find_mesh(config: Config) -> tuple[sharding.Mesh, Rules]:
-    """Return the run's mesh and sharding rules, or plain data parallelism on other devices."""
-    try:
-        return sharding.make_mesh(**config.mesh.model_dump()), config.specs
-    except BadInput:
-        return sharding.make_mesh(), ()
 
 
 def require_same_kind(pipeline: Pipeline, facts: dict[str, Any], workdir: Path, name: str) -> None:
@@ -79,12 +72,11 @@ def require_same_kind(pipeline: Pipeline, facts: dict[str, Any], workdir: Path, 
     if (pipeline.tokenizer is None) == (facts["tokenizer"] is not None):
         kinds = ("pictures", "texts") if facts["tokenizer"] is None else ("texts", "pictures")
         raise BadInput(f"the run in {workdir} reads {kinds[0]}; {name} has {kinds[1]}")
-    if list(pipeline.labels or ()) != list(facts["labels"] or ()):
-        theirs, ours = (
-            ", ".join((labels or ())[:8]) for labels in (pipeline.labels, facts["labels"])
-        )
+    theirs, ours = pipeline.labels or (), facts["labels"] or ()
+    if theirs != ours:
         raise BadInput(
-            f"{name} has the labels {theirs}\nthe run in {workdir} knows {ours}\n"
+            f"{name} has the labels {', '.join(theirs[:8])}\n"
+            f"the run in {workdir} knows {', '.join(ours[:8])}\n"
             "evaluate on data with the same labels, or train on these with weights=RUN"
         )
 
@@ -97,16 +89,13 @@ def evaluate_run(workdir: Path, split: str, data: str | None = None) -> dict[str
         return evaluate(run.predict, (run.tree,), batches, run.facts["task"], run.facts["labels"])
 
 
-def read_texts(path: Path, columns: dict[str, str]) -> list[dict[str, Any]]:
+def read_texts(path: Path, columns: dict[str, str]) -> list[dict]:
     """Read the text column of a table, or the lines of any other file."""
     if path.is_dir():
         raise BadInput(f"{path} is a folder: name text files, or tables ({', '.join(TABLES)})")
     if path.suffix in TABLES:
         texts = {name: column for name, column in columns.items() if name != "label"}
-        return [
-            {name: row[name] for name in row if name in ("text", "text_b")}
-            for row in read_table(path, texts)[0]
-        ]
+        return read_table(path, texts)[0]
     try:
         lines = path.read_text(encoding="utf8").splitlines()
     except UnicodeDecodeError as error:
@@ -114,14 +103,12 @@ def read_texts(path: Path, columns: dict[str, str]) -> list[dict[str, Any]]:
     return [{"text": line} for line in lines if line.strip()]
 
 
-def find_inputs(
-    paths: Sequence[Path], images: bool, columns: dict[str, str]
-) -> list[dict[str, Any]]:
+def find_inputs(paths: Sequence[Path], images: bool, columns: dict[str, str]) -> list[dict]:
     """List pictures (files, folders searched through) or texts (lines, or a text column).
 
     Raises: BadInput for a path that is missing or holds nothing to predict.
     """
-    rows: list[dict[str, Any]] = []
+    rows: list[dict] = []
     for path in paths:
         if not path.exists():
             raise BadInput(f"{path} does not exist")
@@ -140,10 +127,8 @@ def predictions(run: Finished, rows: Sequence[dict[str, Any]]) -> Iterator[dict[
     """Yield what the run says of each input: labels with probabilities, or a number."""
     names, task = run.facts["labels"], run.facts["task"]
     for batch in unlabelled(run.data, rows):
-        valid = batch["valid"]
-        placed = sharding.put_batch(batch, run.mesh)
-        found = np.asarray(run.predict(run.tree, placed)["logits"])[valid]
-        for number, logits in enumerate(found):
+        output = run.predict(run.tree, sharding.put_batch(batch, run.mesh))
+        for number, logits in enumerate(np.asarray(output["logits"])[batch["valid"]]):
             if task == "regress":
                 yield {"value": float(logits[0])}
             elif task == "tag":

@@ -25,15 +25,6 @@ Rows = Mapping[str, np.ndarray]
 """What was collected, one row per example: label and logits; for tag label and prediction; for
 mlm the sums over an example's masked tokens loss (nats), correct and count."""
 
-METRICS: dict[str, tuple[str, ...]] = {
-    "classify": ("accuracy", "macro_f1", "nll", "top5"),
-    "multilabel": ("mAP", "micro_f1", "macro_f1"),
-    "regress": ("spearman", "pearson", "mse"),
-    "tag": ("entity_f1", "token_accuracy"),
-    "mlm": ("nll", "accuracy", "perplexity"),
-}
-"""The metrics of a task; the first one that its data allow is the primary one."""
-
 
 def accumulate(
     running: dict[str, Average] | None, values: Mapping[str, jax.Array]
@@ -51,6 +42,9 @@ def averages(running: dict[str, Average]) -> dict[str, float]:
 def score(task: str, rows: Rows, names: Sequence[str] = ()) -> dict[str, float]:
     """Compute the metrics of a task, in float64; undefined ones (a constant's rank) are nan.
 
+    The first one that the data allow is the primary one: of classify accuracy, macro_f1, nll, top5;
+    of multilabel mAP, micro_f1, macro_f1; of regress spearman, pearson, mse; of tag entity_f1,
+    token_accuracy; of mlm nll, accuracy, perplexity.
     `names` are the label names: a tag task whose names are BIO tags gets entity F1.
     """
     if task == "tag":
@@ -58,11 +52,6 @@ def score(task: str, rows: Rows, names: Sequence[str] = ()) -> dict[str, float]:
         return entity | {"token_accuracy": ratio(token_counts(rows))}
     by_task = {"classify": _classify, "multilabel": _multilabel, "regress": _regress, "mlm": _mlm}
     return by_task[task](rows)
-
-
-def primary(task: str, scores: Mapping[str, float]) -> str:
-    """Return the name of the primary metric."""
-    return next(name for name in METRICS[task] if name in scores)
 
 
 def _classify(rows: Rows) -> dict[str, float]:
@@ -180,17 +169,15 @@ def wilson(successes: int, trials: int, level: float = 0.95) -> tuple[float, flo
 def bootstrap(
     arrays: Sequence[Shaped[np.ndarray, "n ..."]],
     statistic: Callable[..., float],
-    seed: int,
+    seed: int = 0,
     n: int = 2000,
-    level: float = 0.95,
 ) -> tuple[float, float]:
-    """Bound a statistic by the percentiles of n resamples of the rows; undefined ones drop out."""
+    """Bound a statistic by the middle 95 % of n resamples of the rows; undefined ones drop out."""
     numbers, size = np.random.default_rng(seed), len(arrays[0])
     picks = (numbers.integers(size, size=size) for _ in range(n))
     found = np.array([statistic(*(array[pick] for array in arrays)) for pick in picks])
     found = found[np.isfinite(found)]
-    ends = [(1 - level) / 2, (1 + level) / 2]
-    low, high = np.quantile(found, ends) if len(found) else (math.nan, math.nan)
+    low, high = np.quantile(found, [0.025, 0.975]) if len(found) else (math.nan, math.nan)
     return float(low), float(high)
 
 
@@ -213,7 +200,6 @@ class Logger:
         from tensorboardX import SummaryWriter
 
         self._active = jax.process_index() == 0
-        self._total = total
         self._start = (resumed or 0, time.monotonic())
         if self._active:
             Path(workdir).mkdir(parents=True, exist_ok=True)
@@ -247,9 +233,9 @@ class Logger:
         self._bar.set_postfix_str(text)
         if self._bar.disable:
             first, began = self._start
-            left = (time.monotonic() - began) / max(step - first, 1) * (self._total - step)
+            left = (time.monotonic() - began) / max(step - first, 1) * (self._bar.total - step)
             eta = tqdm.format_interval(left)
-            print(f"step {step}/{self._total}  {text}  eta {eta}", flush=True)
+            print(f"step {step}/{self._bar.total}  {text}  eta {eta}", flush=True)
 
     def close(self) -> None:
         """Flush and close; safe to call twice."""
@@ -285,8 +271,8 @@ def role_counts(tree: Tree, roles: Tree, unread: Sequence[str] = ()) -> str:
     lines = []
     for role in ("train", "track", "freeze", "unread"):
         mine = [leaf for path, leaf in leaves.items() if role_of[path] == role]
-        sizes = [math.prod(leaf.shape) for leaf in mine]
-        held = sum(n * leaf.dtype.itemsize for n, leaf in zip(sizes, mine, strict=True))
-        text = f"{role}: {sum(sizes):,} parameters, {held:,} bytes, {len(mine)} leaves"
+        size = sum(leaf.size for leaf in mine)
+        held = sum(leaf.size * leaf.dtype.itemsize for leaf in mine)
+        text = f"{role}: {size:,} parameters, {held:,} bytes, {len(mine)} leaves"
         lines += [text] if mine else []
     return "\n".join(lines)

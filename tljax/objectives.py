@@ -13,6 +13,7 @@ import optax
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
+from tljax.tree import flatten, join, unflatten
 from tljax.types import Aux, Batch, Key, Loss, Objective, Output, Term, Tree
 
 COLLECTIONS = ("params", "batch_stats", "fixed_stats")
@@ -38,7 +39,7 @@ def forward(model: nn.Module, tree: Tree, batch: Batch, key: Key) -> tuple[Outpu
 
 def infer(model: nn.Module, tree: Tree, batch: Batch) -> Output:
     """Run a model as in evaluation, with the averaged parameters where the tree has them."""
-    output: Any = model.apply(variables_of(tree | tree.get("ema", {})), *inputs_of(batch))
+    output: Any = model.apply(variables_of(join(tree.get("ema"), tree)), *inputs_of(batch))
     return output
 
 
@@ -135,7 +136,7 @@ def add(*objectives: Objective) -> Objective:
 
 
 def average(objective: Objective, decay: float) -> Objective:
-    """Let `ema/params` follow `params`: ema <- decay * ema + (1 - decay) * params.
+    """Let every leaf below `ema/` follow its own: ema <- decay * ema + (1 - decay) * leaf.
 
     The average sees the parameters before this step's update.  With m microbatches give
     decay ** (1 / m): the average then moves as far as in one pass.
@@ -144,7 +145,8 @@ def average(objective: Objective, decay: float) -> Objective:
     def averaged(tree: Tree, batch: Batch, key: Key) -> tuple[Loss, Aux]:
         loss, aux = objective(tree, batch, key)
         follow = lambda mean, now: mean + (1 - decay) * (jax.lax.stop_gradient(now) - mean)  # noqa: E731
-        ema = {"params": jax.tree.map(follow, tree["ema"]["params"], tree["params"])}
-        return loss, Aux(aux.metrics, dict(aux.track) | {"ema": ema})
+        now = flatten(tree)
+        ema = {path: follow(mean, now[path]) for path, mean in flatten(tree["ema"]).items()}
+        return loss, Aux(aux.metrics, dict(aux.track) | {"ema": unflatten(ema)})
 
     return averaged

@@ -56,20 +56,6 @@ def decay_mask(params: Tree) -> Tree:
     return map_with_path(decays, params)
 
 
-def scale_leaves(factors: Tree) -> optax.GradientTransformation:
-    """Multiply every update by its leaf's factor (python floats, fixed at trace time)."""
-    return optax.stateless(lambda updates, _: optax.tree.mul(updates, factors))
-
-
-def decay_leaves(factors: Tree) -> optax.GradientTransformation:
-    """Add `factor x parameter` to every update: decoupled weight decay (Loshchilov & Hutter)."""
-    return optax.stateless(
-        lambda updates, params: jax.tree.map(
-            lambda u, p, f: u + f * p if f else u, updates, params, factors
-        )
-    )
-
-
 def make_tx(
     params: Tree,
     *,
@@ -91,17 +77,20 @@ def make_tx(
     clip bounds the global norm of the trainable gradients, which are all there are.  The learning
     rate is a leaf of the optimizer state (`with_lr`), so trials of it share one compilation.
     """
-    group = label(params, groups, Group())
-    is_group = lambda x: isinstance(x, Group)  # noqa: E731 - a predicate for jax.tree
-    rates = jax.tree.map(lambda g: float(g.lr), group, is_leaf=is_group)
-    shares = jax.tree.map(
-        lambda mask, g: mask * decay * g.decay, decay_mask(params), group, is_leaf=is_group
-    )
+    # A factor for every leaf: python floats, fixed at trace time.
+    rates = label(params, [(glob, float(group.lr)) for glob, group in groups], 1.0)
+    shares = label(params, [(glob, decay * group.decay) for glob, group in groups], decay)
+    shares = optax.tree.mul(decay_mask(params), shares)
+
+    def add_decay(updates: Tree, params: Tree) -> Tree:
+        """Decouple weight decay from the direction, as Loshchilov & Hutter do."""
+        return jax.tree.map(lambda u, p, f: u + f * p if f else u, updates, params, shares)
+
     return optax.chain(
         optax.clip_by_global_norm(clip) if clip else optax.identity(),
         DIRECTIONS[name](beta1, beta2, eps, momentum),
-        decay_leaves(shares),
-        scale_leaves(rates),
+        optax.stateless(add_decay),
+        optax.stateless(lambda updates, _: optax.tree.mul(updates, rates)),
         optax.scale_by_schedule(schedule(fall, steps, warmup)),
         optax.inject_hyperparams(optax.scale_by_learning_rate)(learning_rate=lr),
     )

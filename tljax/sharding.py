@@ -25,18 +25,16 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
 
     Raises: BadInput if the product is not the number of devices.
     """
-    sizes = [data, fsdp, tensor]
     devices = jax.device_count()
-    given = int(np.prod([size for size in sizes if size != -1]))
-    if sizes.count(-1) == 1 and given > 0 and devices % given == 0:
-        sizes[sizes.index(-1)] = devices // given
-    if min(sizes) < 1 or int(np.prod(sizes)) != devices:
+    try:
+        sizes = np.empty(devices).reshape(data, fsdp, tensor).shape
+    except ValueError:
         raise BadInput(
             f"mesh data={data}, fsdp={fsdp}, tensor={tensor} does not multiply to the "
             f"{devices} devices there are; give sizes whose product is {devices}, or one -1"
-        )
+        ) from None
     # Auto axes: jax.make_mesh defaults to Explicit ones, which type every array by its sharding.
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def fsdp_spec(shape: tuple[int, ...], mesh: Mesh) -> P:

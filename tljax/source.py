@@ -9,14 +9,16 @@ import jax.numpy as jnp
 
 from tljax.checkpoint import digest_of, read_tree
 from tljax.edits.lora import merge
+from tljax.tree import join
 from tljax.types import BadInput, Tree
 from tljax.weights import Source, open_weights
 
 RECORD, RESULT = "run.json", "result.json"
+FACTS = ("name", "fields", "task", "labels", "preprocess", "tokenizer")  # of the model, there
 
 
 def read_record(workdir: str | Path) -> dict[str, Any]:
-    """Read what a run wrote about itself.
+    """Read what a run wrote about itself, with tuples and paths as they were.
 
     Raises: BadInput if the folder is no run or its record is damaged.
     """
@@ -27,8 +29,14 @@ def read_record(workdir: str | Path) -> dict[str, Any]:
         record = json.loads(path.read_text(encoding="utf8"))
     except ValueError as error:
         raise BadInput(f"{path} is not valid JSON: {error}") from None
-    if absent := [key for key in ("config", "model", "digest") if key not in record]:
+    facts = record.get("model", {})
+    absent = [key for key in ("config", "model", "digest") if key not in record]
+    absent += [f"model.{key}" for key in FACTS if key not in facts]
+    if absent:
         raise BadInput(f"{path} is not the record of a run: it has no {absent[0]!r}")
+    for section in (facts, facts["fields"], facts["preprocess"]):
+        section.update({k: tuple(v) for k, v in section.items() if isinstance(v, list)})
+    facts["tokenizer"] = path.with_name(facts["tokenizer"]) if facts["tokenizer"] else None
     return dict(record)
 
 
@@ -39,34 +47,25 @@ def plain(tree: Tree) -> Tree:
     are statistics again: `{params, ema, fixed_stats}  ->  {params, batch_stats}`.
     """
     # In float32, whatever the run computed in: a fold into bfloat16 rounds small updates away.
-    params = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree.get("ema", tree)["params"])
-    found = {"params": jax.device_get(merge(params))}
-    for name in ("batch_stats", "fixed_stats"):
-        found |= {"batch_stats": tree[name]} if tree.get(name) else {}
-    return found
-
-
-def as_fields(stored: dict[str, Any]) -> dict[str, Any]:
-    """Return model fields as JSON kept them: its lists were tuples."""
-    return {name: tuple(v) if isinstance(v, list) else v for name, v in stored.items()}
+    params = join(tree.get("ema"), tree)["params"]
+    params = merge(jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params))
+    statistics = tree.get("fixed_stats") or tree.get("batch_stats")
+    return {"params": jax.device_get(params)} | ({"batch_stats": statistics} if statistics else {})
 
 
 def open_run(workdir: str | Path) -> Source:
     """Open a finished run as a source of weights, with its preprocessing and labels."""
-    record = read_record(workdir)
-    facts = record["model"]
+    facts = read_record(workdir)["model"]
     if not (Path(workdir) / RESULT).is_file():
         raise BadInput(f"the run in {workdir} is not finished: go on with it first")
-    tokenizer = Path(workdir) / facts["tokenizer"] if facts["tokenizer"] else None
     tree = plain(read_tree(workdir))
     return Source(
         arch=facts["name"],
-        fields=as_fields(facts["fields"]),
+        fields=facts["fields"],
         tree=tree,
         preprocess=facts["preprocess"],
-        tokenizer=tokenizer,
-        labels=tuple(facts["labels"]) if facts["labels"] else None,
-        origin=str(workdir),
+        tokenizer=facts["tokenizer"],
+        labels=facts["labels"],
         digest=digest_of(tree),
         ignored={},
     )

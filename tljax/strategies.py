@@ -11,7 +11,7 @@ from flax import struct
 
 from tljax.edits.lora import Graft, targets_of
 from tljax.optim import Group
-from tljax.tree import flatten, subtrees
+from tljax.tree import flatten, subtrees, unflatten
 from tljax.types import BadInput, Edit, Key, Objective, Rules, Tree
 
 HEADS = ("params/head", "params/mlm")
@@ -38,11 +38,14 @@ class FixStatistics:
 
 @struct.dataclass
 class Average:
-    """Start an exponential moving average: `{params}  ->  {params, ema: {params}}`."""
+    """Start an exponential moving average of the trained leaves: `{a, b}  ->  {a, b, ema: {a}}`."""
+
+    paths: tuple[str, ...] = struct.field(pytree_node=False)
 
     def __call__(self, tree: Tree, key: Key) -> Tree:
-        """Return the tree with a copy of its parameters below `ema`."""
-        return tree | {"ema": {"params": tree["params"]}}
+        """Return the tree with a copy of the leaves at `paths` below `ema`."""
+        leaves = flatten(tree)
+        return tree | {"ema": unflatten({path: leaves[path] for path in self.paths})}
 
 
 def _rules(tree: Tree, globs: Sequence[str], role: str = "train") -> Rules:

@@ -26,6 +26,7 @@ from tljax.types import BadInput, Tree
 
 PACKAGES = ("tljax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 METRICS, TABLES = "metrics.jsonl", "tables.txt"
+FREE = ("run/threads", "run/keep", "run/log_every")  # a run may go on with others: no bit changes
 UNITS = ("", "k", "M", "G", "T", "P")
 
 
@@ -55,6 +56,10 @@ def tables(experiment: Experiment) -> str:
 def summary(experiment: Experiment) -> str:
     """Describe the tree in a few lines: what was loaded, and how much has each role."""
     loaded = f"weights: {experiment.report.totals()}\n" if experiment.report else ""
+    role_of = flatten(experiment.roles.tree)
+    frozen = [p for p, role in role_of.items() if role == "freeze"]
+    if not loaded and len(frozen) > len(experiment.roles.unread):
+        loaded = "no weights are loaded: what is frozen stays at random initialisation\n"
     return loaded + role_counts(experiment.tree, experiment.roles.tree, experiment.roles.unread)
 
 
@@ -210,7 +215,9 @@ def claim(experiment: Experiment, workdir: Path) -> None:
     if (workdir / RECORD).exists():
         before = read_record(workdir)
         old, new = flatten(before["config"]), flatten(config)
-        differs = sorted(k for k in old.keys() | new.keys() if old.get(k) != new.get(k))
+        differs = sorted(
+            k for k in old.keys() | new.keys() if old.get(k) != new.get(k) and k not in FREE
+        )
         differs += ["weights (content)"] if before["digest"] != experiment.digest else []
         if differs:
             shown = ", ".join(f"{k} ({old.get(k)} -> {new.get(k)})" for k in differs[:4])

@@ -25,14 +25,22 @@ class Parts(NamedTuple):
     freeze: Tree
 
 
-def flatten(tree: Tree, prefix: str = "") -> dict[str, Any]:
+def _below(path: str, name: Any) -> str:
+    return f"{path}/{name}" if path else str(name)
+
+
+def subtrees(tree: Tree, path: str = "") -> dict[str, Tree]:
+    """Map the path of every subtree and leaf to it; the root's path is empty."""
+    found = {path: tree}
+    for name, child in tree.items() if isinstance(tree, Mapping) else ():
+        found |= subtrees(child, _below(path, name))
+    return found
+
+
+def flatten(tree: Tree) -> dict[str, Any]:
     """Map the path of every leaf to the leaf; holes (None) are left out."""
-    if isinstance(tree, Mapping):
-        found: dict[str, Any] = {}
-        for name, child in tree.items():
-            found |= flatten(child, f"{prefix}/{name}" if prefix else str(name))
-        return found
-    return {} if tree is None else {prefix: tree}
+    nodes = subtrees(tree).items()
+    return {path: x for path, x in nodes if x is not None and not isinstance(x, Mapping)}
 
 
 def unflatten(leaves: Mapping[str, Any]) -> Tree:
@@ -47,29 +55,20 @@ def unflatten(leaves: Mapping[str, Any]) -> Tree:
     return tree
 
 
-def map_with_path(function: Callable[[str, Any], Any], tree: Tree, prefix: str = "") -> Tree:
+def map_with_path(function: Callable[[str, Any], Any], tree: Tree, path: str = "") -> Tree:
     """Apply `function(path, leaf)` to every leaf; holes stay holes."""
     if isinstance(tree, Mapping):
-        join_path = f"{prefix}/" if prefix else ""
-        return {
-            name: map_with_path(function, child, f"{join_path}{name}")
-            for name, child in tree.items()
-        }
-    return None if tree is None else function(prefix, tree)
+        return {k: map_with_path(function, x, _below(path, k)) for k, x in tree.items()}
+    return None if tree is None else function(path, tree)
 
 
 @functools.cache
 def _pattern(glob: str) -> re.Pattern[str]:
-    parts = []
-    segments = glob.split("/")
-    for position, segment in enumerate(segments):
-        last = position == len(segments) - 1
-        if segment == "**":
-            parts.append(".+" if last else "(?:.+/)?")
-        else:
-            literal = "[^/]*".join(re.escape(piece) for piece in segment.split("*"))
-            parts.append(literal if last else f"{literal}/")
-    return re.compile("".join(parts))
+    def translate(segment: str) -> str:
+        return ".+" if segment == "**" else re.escape(segment).replace(r"\*", "[^/]*")
+
+    # Only a whole segment gives a bare ".+"; before others it may also be absent.
+    return re.compile("/".join(map(translate, glob.split("/"))).replace(".+/", "(?:.+/)?"))
 
 
 def matches(glob: str, path: str) -> bool:
@@ -130,12 +129,12 @@ def join(*trees: Tree) -> Tree:
     return {name: join(*(tree.get(name) for tree in present)) for name in names}
 
 
-def edit(tree: Tree, rules: Sequence[tuple[str, Callable[[Tree], Tree]]], prefix: str = "") -> Tree:
+def edit(tree: Tree, rules: Sequence[tuple[str, Callable[[Tree], Tree]]]) -> Tree:
     """Replace every subtree (or leaf) whose path matches a glob by `function(subtree)`.
 
     Raises: BadInput for a rule that matches no subtree.
     """
-    require_live(rules, subtrees(tree, prefix))
+    require_live(rules, subtrees(tree))
 
     def walk(node: Tree, path: str) -> Tree:
         for glob, function in rules:
@@ -143,21 +142,9 @@ def edit(tree: Tree, rules: Sequence[tuple[str, Callable[[Tree], Tree]]], prefix
                 return function(node)
         if not isinstance(node, Mapping):
             return node
-        return {
-            name: walk(child, f"{path}/{name}" if path else name) for name, child in node.items()
-        }
+        return {name: walk(child, _below(path, name)) for name, child in node.items()}
 
-    return walk(tree, prefix)
-
-
-def subtrees(tree: Tree, prefix: str = "") -> dict[str, Tree]:
-    """Map the path of every subtree and leaf below the root to it."""
-    found: dict[str, Tree] = {}
-    for name, child in tree.items() if isinstance(tree, Mapping) else ():
-        path = f"{prefix}/{name}" if prefix else str(name)
-        found[path] = child
-        found |= subtrees(child, path)
-    return found
+    return walk(tree, "")
 
 
 def unread(objective: Objective, parts: Parts, batch: Batch, key: Key) -> list[str]:

@@ -8,8 +8,8 @@ import numpy as np
 from jaxtyping import Float32, Num
 from PIL import Image, ImageEnhance, ImageOps
 
-from tljax.data import transforms
-from tljax.data.transforms import Pixels, normalise, resize, to_array, to_pil
+from tljax.config import Augment
+from tljax.data.transforms import IMAGENET, Pixels, fit, normalise, resize, to_array, to_pil
 from tljax.types import BadInput
 
 Rng = np.random.Generator
@@ -34,10 +34,9 @@ def sample_box(
     return None
 
 
-def random_resized_crop(
-    image: Pixels, rng: Rng, size: int, scale: Range = (0.08, 1), ratio: Range = (3 / 4, 4 / 3)
-) -> Pixels:
+def random_resized_crop(image: Pixels, rng: Rng, size: int, scale: Range) -> Pixels:
     """Cut a random box and resize it; when none fits, the largest middle box of a legal aspect."""
+    ratio = (3 / 4, 4 / 3)
     height, width = image.shape[:2]
     box = sample_box(height, width, rng, scale, ratio)
     if box is None:
@@ -90,50 +89,47 @@ def rand_augment(image: Pixels, rng: Rng, count: int = 2, magnitude: int = 9) ->
     return to_array(picture)
 
 
-def random_erasing(
-    image: Floats, rng: Rng, chance: float, scale: Range = (0.02, 1 / 3), ratio: Range = (0.3, 3.3)
-) -> Floats:
+def random_erasing(image: Floats, rng: Rng, chance: float) -> Floats:
     """Fill a random box of a normalised image with N(0, 1) noise, with a chance.
 
     Source: Zhong et al. 2017, filled per pixel as in the MAE recipe.
     """
     drawn = rng.random() < chance
-    box = sample_box(image.shape[0], image.shape[1], rng, scale, ratio) if drawn else None
+    height, width, channels = image.shape
+    box = sample_box(height, width, rng, (0.02, 1 / 3), (0.3, 3.3)) if drawn else None
     if box is None:
         return image
     top, left, height, width = box
     erased = image.copy()
-    noise = rng.standard_normal((height, width, image.shape[2]), dtype=np.float32)
+    noise = rng.standard_normal((height, width, channels), dtype=np.float32)
     erased[top : top + height, left : left + width] = noise
     return erased
 
 
 @dataclass(frozen=True)
-class AugmentImage:
-    """The training transform of images: crop, flip, RandAugment, normalise, erase.
+class TransformImage:
+    """The transform of images: crop or fit to `size` pixels, flip, RandAugment, normalise, erase.
 
-    crop: range of the area share, or None to keep the frame.  rand_augment: (count, magnitude of
-    0..30) or None.  flip, erase: chances.
+    An `augment` of defaults leaves nothing to chance, which is evaluation.
     """
 
     size: int
-    mean: tuple[float, ...] = transforms.IMAGENET_MEAN
-    std: tuple[float, ...] = transforms.IMAGENET_STD
-    crop: Range | None = (0.08, 1.0)
-    flip: float = 0.5
-    rand_augment: tuple[int, int] | None = None
-    erase: float = 0.0
+    augment: Augment
+    mean: tuple[float, ...] = IMAGENET["mean"]
+    std: tuple[float, ...] = IMAGENET["std"]
 
     def __call__(self, example: dict, rng: Rng) -> dict:
         """Replace the image of an example."""
-        image = example["image"]
-        if self.crop:
-            image = random_resized_crop(image, rng, self.size, self.crop)
-        image = flip(resize(image, self.size, self.size), rng, self.flip)
-        if self.rand_augment:
-            image = rand_augment(image, rng, *self.rand_augment)
+        augment, size = self.augment, self.size
+        if augment.crop_scale:
+            image = random_resized_crop(example["image"], rng, size, augment.crop_scale)
+        else:
+            image = fit(example, size)["image"]
+        image = flip(image, rng, 0.5 * augment.flip)
+        if augment.randaugment:
+            image = rand_augment(image, rng, *augment.randaugment)
         pixels = normalise(image, self.mean, self.std)
-        return {**example, "image": random_erasing(pixels, rng, self.erase)}
+        return {**example, "image": random_erasing(pixels, rng, augment.erase)}
 
 
 def soften(
@@ -158,20 +154,19 @@ class MixImages:
     """
 
     classes: int
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    smoothing: float = 0.0
+    augment: Augment
 
     def __call__(self, batch: dict, rng: Rng) -> dict:
         """Replace the image and the label of a batch."""
-        image, label = batch["image"], soften(batch["label"], self.classes, self.smoothing)
-        if not (self.mixup or self.cutmix):
+        mixup, cutmix = self.augment.mixup, self.augment.cutmix
+        image, label = batch["image"], soften(batch["label"], self.classes, self.augment.smoothing)
+        if not (mixup or cutmix):
             return {**batch, "label": label}
         if len(image) % 2:
             raise BadInput(f"mixup and cutmix pair rows: {len(image)} rows a process are odd")
         partner = np.arange(len(image)) ^ 1
-        cut = rng.random() < 0.5 if self.mixup and self.cutmix else bool(self.cutmix)
-        alpha = self.cutmix if cut else self.mixup
+        cut = rng.random() < 0.5 if mixup and cutmix else bool(cutmix)
+        alpha = cutmix if cut else mixup
         share = float(rng.beta(alpha, alpha))
         if cut:
             rows, columns, share = _box(image.shape[1], image.shape[2], share, rng)

@@ -1,11 +1,11 @@
-"""Image data sets as TFDS builders: array_record files of PNG bytes, no TensorFlow."""
+"""Image data sets as a TFDS builder: array_record files of PNG bytes, no TensorFlow."""
 
 import gzip
-import io
 import json
 import os
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -14,6 +14,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 from tensorflow_datasets.core.features import ClassLabel, FeatureConnector, Text
 
+from tljax.data.transforms import decode
 from tljax.types import BadInput
 
 Row = tuple[Hashable, int | str, dict]
@@ -66,123 +67,103 @@ def stratified_order(
     return shuffled[np.argsort(place[shuffled], kind="stable")]
 
 
+class Material(NamedTuple):
+    """What a data set is made of; nothing is downloaded.
+
+    held: the test part, as a share of the groups (stratified) or as the groups themselves.
+    """
+
+    features: dict[str, FeatureConnector]
+    rows: Sequence[Row]
+    held: float | set[Hashable] = 0.2
+
+
 class Local(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """A builder whose raw material is an installed package: nothing is downloaded."""
+    """Prepares any material as array_record, which reads at random without TensorFlow."""
 
     VERSION = tfds.core.Version("1.0.0")
-    HELD = 0.2
 
-    def __init__(self, **kwargs):
-        """Write array_record, the format that reads at random without TensorFlow."""
-        super().__init__(file_format="array_record", **kwargs)
-
-    def _features(self) -> dict[str, FeatureConnector]:
-        raise NotImplementedError
-
-    def _rows(self) -> Iterable[Row]:
-        raise NotImplementedError
-
-    def _test_groups(self, rows: Sequence[Row]) -> set[Hashable]:
-        """Choose groups, stratified, alike on every machine; several strata count as the first."""
-        first = {group: stratum for group, stratum, _ in reversed(rows)}
-        groups = sorted(first)
-        strata = np.unique([first[group] for group in groups], return_inverse=True)[1]
-        order = stratified_order(strata, seed=0, size=len(groups))
-        return {groups[i] for i in order[: round(self.HELD * len(groups))]}
+    def __init__(self, name: str, material: Material, data_dir: Path):
+        """Take the place of a class a data set, which tfds expects."""
+        self.name, self._material = name, material
+        super().__init__(data_dir=data_dir, file_format="array_record")
 
     def _info(self) -> tfds.core.DatasetInfo:
-        features = tfds.features.FeaturesDict(self._features())
-        return tfds.core.DatasetInfo(builder=self, description=self.__doc__, features=features)
+        features = tfds.features.FeaturesDict(self._material.features)
+        return tfds.core.DatasetInfo(builder=self, features=features)
 
     def _split_generators(self, _) -> dict[str, Iterator]:
-        rows = list(self._rows())
-        held = self._test_groups(rows)
-        return {
-            "train": self._generate_examples(rows, {group for group, _, _ in rows} - held),
-            "test": self._generate_examples(rows, held),
-        }
+        rows, held = self._material.rows, self._material.held
+        test = held if isinstance(held, set) else choose_groups(rows, held)
+        train = {group for group, _, _ in rows} - test
+        return {"train": self._generate_examples(train), "test": self._generate_examples(test)}
 
-    def _generate_examples(self, rows: Sequence[Row], groups: set[Hashable]) -> Iterator:
+    def _generate_examples(self, groups: set[Hashable]) -> Iterator:
+        rows = self._material.rows
         return ((f"{i:07d}", row[2]) for i, row in enumerate(rows) if row[0] in groups)
 
 
-def png(pixels: UInt8[np.ndarray, "h w *c"]) -> bytes:
-    """Encode an image as PNG."""
-    stream = io.BytesIO()
-    Image.fromarray(pixels).save(stream, format="png", compress_level=1)
-    return stream.getvalue()
+def choose_groups(rows: Sequence[Row], share: float) -> set[Hashable]:
+    """Choose groups, stratified, alike on every machine; several strata count as the first."""
+    first = {group: stratum for group, stratum, _ in reversed(rows)}
+    groups = sorted(first)
+    strata = np.unique([first[group] for group in groups], return_inverse=True)[1]
+    order = stratified_order(strata, seed=0, size=len(groups))
+    return {groups[i] for i in order[: round(share * len(groups))]}
 
 
 def _picture(side: int, channels: int) -> FeatureConnector:
     return tfds.features.Image(shape=(side, side, channels), encoding_format="png")
 
 
-class Fashion(Local, skip_registration=True):
+_CLOTHES = "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot"
+
+
+def fashion() -> Material:
     """Fashion-MNIST (Xiao et al. 2017): 60,000 + 10,000 grey images of clothes, official split."""
-
-    NAMES = "T-shirt/top,Trouser,Pullover,Dress,Coat,Sandal,Shirt,Sneaker,Bag,Ankle boot"
-
-    def _features(self) -> dict[str, FeatureConnector]:
-        return {"image": _picture(28, 1), "label": ClassLabel(names=self.NAMES.split(","))}
-
-    def _rows(self) -> Iterator[Row]:
-        for part in ("train", "t10k"):
-            images, labels = self._idx(f"{part}-images-idx3"), self._idx(f"{part}-labels-idx1")
-            for image, label in zip(images, labels, strict=True):
-                yield part, int(label), {"image": png(image), "label": int(label)}
-
-    def _test_groups(self, rows: Sequence[Row]) -> set[Hashable]:
-        return {"t10k"}
-
-    def _idx(self, file: str) -> UInt8[np.ndarray, "..."]:
-        """Read a gzipped IDX file: two zeros, type, rank; big-endian sizes; bytes."""
-        raw = gzip.decompress((find_asset("fashion") / f"{file}-ubyte.gz").read_bytes())
-        shape = np.frombuffer(raw, ">u4", count=raw[3], offset=4)
-        return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape)
-
-
-class Digits(Local, skip_registration=True):
-    """The 1,797 handwritten digits of 8x8 that come with scikit-learn, scaled to 0..255."""
-
-    def _features(self) -> dict[str, FeatureConnector]:
-        return {"image": _picture(8, 1), "label": ClassLabel(num_classes=10)}
-
-    def _rows(self) -> Iterator[Row]:
-        digits = load_digits()
-        pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)
-        for i, label in enumerate(digits.target.tolist()):
-            yield i, label, {"image": png(pixels[i]), "label": label}
-
-
-class Emoji(Local, skip_registration=True):
-    """The same emoji by two vendors, 64x64 on white: a shift with equal labels and splits."""
-
-    BUILDER_CONFIGS = tuple(
-        tfds.core.BuilderConfig(name=vendor, version="1.0.0") for vendor in ("google", "twitter")
-    )
-
-    def _features(self) -> dict[str, FeatureConnector]:
-        names = sorted({category for _, category in self._drawn_by_both()})
-        return {"image": _picture(64, 3), "label": ClassLabel(names=names), "key": Text()}
-
-    def _drawn_by_both(self) -> list[tuple[str, str]]:
-        listed = json.loads((find_asset("emoji") / "google/package/emoji.json").read_text())
-        pairs = [(emoji["image"], emoji["category"]) for emoji in listed]
-        vendors = [config.name for config in self.BUILDER_CONFIGS]
-        return [
-            (image, category)
-            for image, category in pairs
-            if category != "Component" and all(self._file(v, image).exists() for v in vendors)
+    rows: list[Row] = []
+    for part in ("train", "t10k"):
+        images, labels = _idx(f"{part}-images-idx3"), _idx(f"{part}-labels-idx1").tolist()
+        rows += [
+            (part, label, {"image": Image.fromarray(image), "label": label})
+            for image, label in zip(images, labels, strict=True)
         ]
+    names = ClassLabel(names=_CLOTHES.split(","))
+    return Material({"image": _picture(28, 1), "label": names}, rows, held={"t10k"})
 
-    def _file(self, vendor: str, image: str) -> Path:
-        return find_asset("emoji") / vendor / "package/img" / vendor / "64" / image
 
-    def _rows(self) -> Iterator[Row]:
-        # The file name is the group, so that no emoji is in one vendor's train, the other's test.
-        for image, category in self._drawn_by_both():
-            drawing = Image.open(self._file(self.builder_config.name, image)).convert("RGBA")
-            page = Image.new("RGBA", (64, 64), "white")
-            page.alpha_composite(drawing.resize((64, 64), Image.Resampling.BICUBIC))
-            record = {"image": png(np.asarray(page.convert("RGB"))), "label": category}
-            yield image, category, record | {"key": Path(image).stem}
+def _idx(file: str) -> UInt8[np.ndarray, "..."]:
+    """Read a gzipped IDX file: two zeros, type, rank; big-endian sizes; bytes."""
+    raw = gzip.decompress((find_asset("fashion") / f"{file}-ubyte.gz").read_bytes())
+    shape = np.frombuffer(raw, ">u4", count=raw[3], offset=4)
+    return np.frombuffer(raw, np.uint8, offset=4 + 4 * raw[3]).reshape(shape)
+
+
+def digits() -> Material:
+    """The 1,797 handwritten digits of 8x8 that come with scikit-learn, scaled to 0..255."""
+    bunch = load_digits()
+    images = map(Image.fromarray, np.round(bunch.images * (255 / 16)).astype(np.uint8))
+    pairs = enumerate(zip(images, bunch.target.tolist(), strict=True))
+    rows = [(i, label, {"image": image, "label": label}) for i, (image, label) in pairs]
+    return Material({"image": _picture(8, 1), "label": ClassLabel(num_classes=10)}, rows)
+
+
+VENDORS = ("google", "twitter")
+
+
+def emoji(vendor: str) -> Material:
+    """The same emoji by two vendors, 64x64 on white: a shift with equal labels and splits."""
+    root = find_asset("emoji")
+    folders = {one: root / one / "package/img" / one / "64" for one in VENDORS}
+    rows: list[Row] = []
+    for listed in json.loads((root / "google/package/emoji.json").read_text()):
+        file, category = listed["image"], listed["category"]
+        by_both = all((folder / file).exists() for folder in folders.values())
+        if category != "Component" and by_both:
+            image = Image.fromarray(decode(folders[vendor] / file, f"emoji {file}"))
+            record = {"image": image, "label": category, "key": Path(file).stem}
+            # The file is the group, so that no emoji is in one vendor's train, the other's test.
+            rows.append((file, category, record))
+    names = sorted({category for _, category, _ in rows})
+    features = {"image": _picture(64, 3), "label": ClassLabel(names=names), "key": Text()}
+    return Material(features, rows)

@@ -1,4 +1,4 @@
-"""Text data sets as TFDS builders: array_record files, no TensorFlow."""
+"""Text data sets for the TFDS builder: array_record files, no TensorFlow."""
 
 import email
 import gzip
@@ -7,73 +7,61 @@ import io
 import json
 import re
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
-import tensorflow_datasets as tfds
-from tensorflow_datasets.core.features import ClassLabel, FeatureConnector, Sequence, Text
+from tensorflow_datasets.core.features import ClassLabel, Sequence, Text
 
-from tljax.data.builders_image import Local, Row, find_asset
-
-
-class Labelled(Local, skip_registration=True):
-    """Labelled texts; copies of a text (up to case and blanks) stay on one side of the split."""
-
-    NAMES: tuple[str, ...] = ()
-
-    def _features(self) -> dict[str, FeatureConnector]:
-        return {"text": Text(), "label": ClassLabel(names=self.NAMES)}
-
-    def _pairs(self) -> Iterator[tuple[str, int]]:
-        raise NotImplementedError
-
-    def _rows(self) -> Iterator[Row]:
-        for text, label in self._pairs():
-            yield " ".join(text.lower().split()), label, {"text": text, "label": label}
+from tljax.data.builders_image import Material, find_asset
 
 
-class Sentiment(Labelled, skip_registration=True):
+def _labelled(names: tuple[str, ...], pairs: Iterable[tuple[str, int]]) -> Material:
+    """Keep copies of a text (up to case and blanks) on one side of the split."""
+    rows = [
+        (" ".join(text.lower().split()), label, {"text": text, "label": label})
+        for text, label in pairs
+    ]
+    return Material({"text": Text(), "label": ClassLabel(names=names)}, rows)
+
+
+DOMAINS = {
+    "movies": "movieReviewSnippets",
+    "amazon": "amazonReviewSnippets",
+    "nyt": "nytEditorialSnippets",
+    "tweets": "tweets",
+}
+
+
+def sentiment(domain: str) -> Material:
     """Sentences of four domains whose mean human valence is .5 of 4 or more either way (VADER)."""
-
-    NAMES = ("negative", "positive")
-    BUILDER_CONFIGS = tuple(
-        tfds.core.BuilderConfig(name=name, version="1.0.0", description=file)
-        for name, file in (
-            ("movies", "movieReviewSnippets"),
-            ("amazon", "amazonReviewSnippets"),
-            ("nyt", "nytEditorialSnippets"),
-            ("tweets", "tweets"),
-        )
-    )
-
-    def _pairs(self) -> Iterator[tuple[str, int]]:
-        with tarfile.open(find_asset("vader")) as package:
-            inner = _member(package, "hutto_ICWSM_2014.tar.gz")
-        with tarfile.open(fileobj=io.BytesIO(inner)) as archive:
-            raw = _member(archive, f"{self.builder_config.description}_GroundTruth.txt")
-        try:
-            lines = raw.decode("utf8").splitlines()
-        except UnicodeDecodeError:  # some of the files were written on Windows
-            lines = raw.decode("cp1252").splitlines()
-        for line in filter(str.strip, lines):
-            _, score, text = line.split("\t", 2)
-            if abs(float(score)) >= 0.5:
-                yield html.unescape(text).strip(), int(float(score) > 0)
+    with tarfile.open(find_asset("vader")) as package:
+        inner = _member(package, "hutto_ICWSM_2014.tar.gz")
+    with tarfile.open(fileobj=io.BytesIO(inner)) as archive:
+        raw = _member(archive, f"{DOMAINS[domain]}_GroundTruth.txt")
+    try:
+        lines = raw.decode("utf8").splitlines()
+    except UnicodeDecodeError:  # some of the files were written on Windows
+        lines = raw.decode("cp1252").splitlines()
+    rated = [line.split("\t", 2)[1:] for line in lines if line.strip()]
+    pairs = [
+        (html.unescape(text).strip(), int(float(score) > 0))
+        for score, text in rated
+        if abs(float(score)) >= 0.5
+    ]
+    return _labelled(("negative", "positive"), pairs)
 
 
 def _member(archive: tarfile.TarFile, ending: str) -> bytes:
     return archive.extractfile(next(m for m in archive if m.name.endswith(ending))).read()
 
 
-class Spam(Labelled, skip_registration=True):
+def spam() -> Material:
     """Subject and body of the 6,046 e-mails of SpamAssassin, about a third of them spam."""
-
-    NAMES = ("ham", "spam")
-
-    def _pairs(self) -> Iterator[tuple[str, int]]:
-        for folder in ("easy-ham-1", "easy-ham-2", "hard-ham-1", "spam-1", "spam-2"):
-            for path in sorted((find_asset("spam") / "data" / folder).glob("*.json")):
-                text = _letter(json.loads(path.read_text("utf8"))["text"])
-                yield text, int(folder.startswith("spam"))
+    pairs = [
+        (_letter(json.loads(path.read_text("utf8"))["text"]), int(folder.startswith("spam")))
+        for folder in ("easy-ham-1", "easy-ham-2", "hard-ham-1", "spam-1", "spam-2")
+        for path in sorted((find_asset("spam") / "data" / folder).glob("*.json"))
+    ]
+    return _labelled(("ham", "spam"), pairs)
 
 
 def _letter(raw: str) -> str:
@@ -99,14 +87,10 @@ verb.emotion verb.motion verb.perception verb.possession verb.social verb.stativ
 adj.ppl"""
 
 
-class Wordnet(Labelled, skip_registration=True):
+def wordnet() -> Material:
     """The 117,659 definitions of WordNet 3.0 without examples; label: lexicographer file."""
-
-    NAMES = tuple(_LEXICOGRAPHER_FILES.split())
-
-    def _pairs(self) -> Iterator[tuple[str, int]]:
-        for gloss, label in _glosses():
-            yield re.split(r';\s*"', gloss)[0].rstrip("; "), label
+    pairs = ((re.split(r';\s*"', gloss)[0].rstrip("; "), label) for gloss, label in _glosses())
+    return _labelled(tuple(_LEXICOGRAPHER_FILES.split()), pairs)
 
 
 def _glosses() -> Iterator[tuple[str, int]]:
@@ -127,18 +111,16 @@ def _brown() -> Iterator[tuple[str, str, list[list[tuple[str, ...]]]]]:
         yield file, genre, [[tuple(w.rsplit("/", 1)) for w in line.split()] for line in lines]
 
 
-class Pos(Local, skip_registration=True):
+def pos() -> Material:
     """Sentences of the Brown corpus, words joined by one blank, a tag each; files stay whole."""
-
-    def _features(self) -> dict[str, FeatureConnector]:
-        tags = {_tag(tag) for _, _, lines in _brown() for line in lines for _, tag in line}
-        return {"text": Text(), "label": Sequence(ClassLabel(names=sorted(tags)))}
-
-    def _rows(self) -> Iterator[Row]:
-        for file, genre, sentences in _brown():
-            for pairs in sentences:
-                words, tags = zip(*pairs, strict=True)
-                yield file, genre, {"text": " ".join(words), "label": [_tag(tag) for tag in tags]}
+    rows = []
+    for file, genre, sentences in _brown():
+        for pairs in sentences:
+            words, tags = zip(*pairs, strict=True)
+            row = {"text": " ".join(words), "label": [_tag(tag) for tag in tags]}
+            rows.append((file, genre, row))
+    names = sorted({tag for _, _, row in rows for tag in row["label"]})
+    return Material({"text": Text(), "label": Sequence(ClassLabel(names=names))}, rows)
 
 
 def _tag(tag: str) -> str:
@@ -147,20 +129,16 @@ def _tag(tag: str) -> str:
     return re.split(r"[+*](?=.)", plain)[0]
 
 
-class Plaintext(Local, skip_registration=True):
+def plaintext() -> Material:
     """Unlabelled English in paragraphs; holds the texts of `wordnet` and `pos`, test parts too."""
-
-    HELD = 0.05
-
-    def _features(self) -> dict[str, FeatureConnector]:
-        return {"text": Text()}
-
-    def _rows(self) -> Iterator[Row]:
-        books = (_brown_text, _gcide_text, _fortune_text, _gloss_text)
-        for stratum, book in enumerate(books):
-            for document, paragraphs in enumerate(book()):
-                for text in filter(None, paragraphs):
-                    yield (stratum, document), stratum, {"text": text}
+    books = (_brown_text, _gcide_text, _fortune_text, _gloss_text)
+    rows = [
+        ((stratum, document), stratum, {"text": text})
+        for stratum, book in enumerate(books)
+        for document, paragraphs in enumerate(book())
+        for text in filter(None, paragraphs)
+    ]
+    return Material({"text": Text()}, rows, held=0.05)
 
 
 def _brown_text() -> Iterator[list[str]]:

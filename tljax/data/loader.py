@@ -2,15 +2,17 @@
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import grain
 import numpy as np
 
-from tljax.data.sources import Labels, Source
+from tljax.data.sources import Source
 from tljax.types import BadInput, Batch
 
 Transform = Callable[[dict, np.random.Generator], dict]
+Prepare = Callable[[dict], dict]
 _FOREVER = 2**40  # steps; grain wants a length
 _ORDER, _EXAMPLE, _BATCH, _EVALUATION = range(4)  # first word of a stream's seed: what it is for
 
@@ -18,9 +20,7 @@ _ORDER, _EXAMPLE, _BATCH, _EVALUATION = range(4)  # first word of a stream's see
 class Cached(Source):
     """A source after `prepare`, in memory: prepared if that fits in `limit` bytes, else decoded."""
 
-    def __init__(
-        self, parent: Source, prepare: Callable[[dict], dict] | None = None, limit: int = 1 << 30
-    ):
+    def __init__(self, parent: Source, prepare: Prepare | None = None, limit: int = 1 << 30):
         """Judge by the first example whether prepared, decoded or no examples fit."""
         self._parent = parent
         keep = lambda example: example  # noqa: E731
@@ -31,11 +31,6 @@ class Cached(Source):
 
     def __len__(self) -> int:
         return len(self._parent)
-
-    @property
-    def labels(self) -> Labels | None:  # type: ignore[override]
-        """Pass the parent's labels on."""
-        return self._parent.labels
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
         if self._memory is None:
@@ -50,83 +45,87 @@ def _nbytes(example: dict) -> int:
     return sum(value.nbytes for value in example.values() if isinstance(value, np.ndarray))
 
 
-def train_batches(
-    source: Source,
-    transform: Transform | None,
-    batch_size: int,
-    seed: int,
-    *,
-    mix: Transform | None = None,
-    start_step: int = 0,
-    process_index: int = 0,
-    process_count: int = 1,
-    threads: int = 4,
-) -> Iterator[Batch]:
-    """Yield batches without end, from any step at once.
+@dataclass(frozen=True)
+class Loader:
+    """Cuts sources into batches of `size` rows over all processes; each reads its contiguous share.
 
-    Row j of step s stands at position s * batch_size + j of an endless row of epochs, each in its
-    own order; its transform draws from a generator of (seed, position), `mix` from one of
-    (seed, step).  batch_size is global; each process gets its contiguous rows.
-    """
-    # Hashed, because grain's epoch e of seed s has the order of epoch e - 1 of seed s + 1.
-    order_seed = int(np.random.SeedSequence([_ORDER, seed]).generate_state(1)[0])
-    order = grain.MapDataset.range(len(source)).shuffle(seed=order_seed).repeat()
-
-    def build(step: int) -> Batch:
-        positions = _rows(step, batch_size, process_index, process_count)
-        indices = [int(order[p]) for p in positions]
-        batch = _stack(source, transform, indices, [(_EXAMPLE, seed, p) for p in positions])
-        return mix(batch, np.random.default_rng([_BATCH, seed, step])) if mix else batch
-
-    _rows(0, batch_size, process_index, process_count)
-    return _run(grain.MapDataset.range(start_step, _FOREVER).map(build), threads)
-
-
-def eval_batches(
-    source: Source,
-    transform: Transform | None,
-    batch_size: int,
-    *,
-    process_index: int = 0,
-    process_count: int = 1,
-    threads: int = 4,
-) -> Iterator[Batch]:
-    """Yield every example once, in order; rows with valid False repeat the last one to the end.
-
-    A transform that draws (masking) does so by the example's index: the same in each pass.  All
-    processes get equally many batches.
+    threads: that prepare batches ahead.
     """
 
-    def build(step: int) -> Batch:
-        positions = np.asarray(_rows(step, batch_size, process_index, process_count))
-        indices = np.minimum(positions, len(source) - 1).tolist()
-        batch = _stack(source, transform, indices, [(_EVALUATION, i) for i in indices])
-        return {**batch, "valid": positions < len(source)}
+    size: int
+    threads: int = 4
+    process: int = 0
+    processes: int = 1
 
-    _rows(0, batch_size, process_index, process_count)
-    return _run(grain.MapDataset.range(-(-len(source) // batch_size)).map(build), threads)
+    def __post_init__(self):
+        """Refuse a size that does not divide."""
+        if self.size % self.processes:
+            raise BadInput(
+                f"a global batch of {self.size} does not divide over {self.processes} processes"
+            )
+
+    def train(
+        self,
+        source: Source,
+        transform: Transform | None,
+        seed: int,
+        mix: Transform | None = None,
+        start: int = 0,
+    ) -> Iterator[Batch]:
+        """Yield batches without end, from any step at once.
+
+        Row j of step s stands at position s * size + j of an endless row of epochs, each in its
+        own order; its transform draws from a generator of (seed, position), `mix` from one of
+        (seed, step).
+        """
+        # Hashed, because grain's epoch e of seed s has the order of epoch e - 1 of seed s + 1.
+        order_seed = int(np.random.SeedSequence([_ORDER, seed]).generate_state(1)[0])
+        order = grain.MapDataset.range(len(source)).shuffle(seed=order_seed).repeat()
+
+        def build(step: int) -> Batch:
+            positions = self._positions(step)
+            indices = [int(order[p]) for p in positions]
+            seeds = [(_EXAMPLE, seed, p) for p in positions]
+            batch = _stack(source, transform, indices, seeds)
+            return mix(batch, np.random.default_rng([_BATCH, seed, step])) if mix else batch
+
+        return self._run(build, range(start, _FOREVER))
+
+    def evaluate(self, source: Source, transform: Transform | None) -> Iterator[Batch]:
+        """Yield every example once, in order; rows with valid False repeat the last to the end.
+
+        A transform that draws (masking) does so by the example's index: the same in each pass.
+        All processes get equally many batches.
+        """
+
+        def build(step: int) -> Batch:
+            positions = np.asarray(self._positions(step))
+            indices = np.minimum(positions, len(source) - 1).tolist()
+            batch = _stack(source, transform, indices, [(_EVALUATION, i) for i in indices])
+            return {**batch, "valid": positions < len(source)}
+
+        return self._run(build, range(-(-len(source) // self.size)))
+
+    def _positions(self, step: int) -> range:
+        share = self.size // self.processes
+        first = step * self.size + self.process * share
+        return range(first, first + share)
+
+    def _run(self, build: Callable[[int], Batch], steps: range) -> Iterator[Batch]:
+        # An element is a whole batch, so a small buffer is enough to keep every thread busy.
+        options = grain.ReadOptions(num_threads=self.threads, prefetch_buffer_size=2 * self.threads)
+        dataset = grain.MapDataset.range(steps.start, steps.stop).map(build)
+        return iter(dataset.to_iter_dataset(options))
 
 
-def prefetch_to_device(
-    batches: Iterable[Batch], put: Callable[[Batch], Any], depth: int = 2
-) -> Iterator[Any]:
-    """Start the transfer of `depth` batches ahead; `put` must return before it is done."""
+def prefetch_to_device(batches: Iterable[Batch], put: Callable[[Batch], Any]) -> Iterator[Any]:
+    """Start the transfer of the next batch before this one is used; `put` must not wait for it."""
     waiting: deque[Any] = deque()
     for batch in batches:
         waiting.append(put(batch))
-        if len(waiting) >= depth:
+        if len(waiting) > 1:
             yield waiting.popleft()
     yield from waiting
-
-
-def _rows(step: int, batch_size: int, process_index: int, process_count: int) -> range:
-    local, odd = divmod(batch_size, process_count)
-    if odd or local < 1:
-        raise BadInput(
-            f"a global batch of {batch_size} does not divide over {process_count} processes"
-        )
-    first = step * batch_size + process_index * local
-    return range(first, first + local)
 
 
 def _stack(
@@ -136,9 +135,3 @@ def _stack(
     if transform:
         rows = [transform(r, np.random.default_rng(s)) for r, s in zip(rows, seeds, strict=True)]
     return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
-
-
-def _run(dataset: grain.MapDataset, threads: int) -> Iterator[Batch]:
-    # An element is a whole batch, so a small buffer is enough to keep every thread busy.
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
-    return iter(dataset.to_iter_dataset(options))

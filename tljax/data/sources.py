@@ -1,46 +1,41 @@
 """Where examples come from: prepared TFDS data, folders of images, files of rows."""
 
 import csv
-import io
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
 from jaxtyping import Int, Num
-from PIL import Image
 from tensorflow_datasets.core.features import ClassLabel, Text
 
+from tljax.config import Data
 from tljax.data import builders_image, builders_text
-from tljax.data.builders_image import find_asset, stratified_order
-from tljax.data.transforms import to_array
+from tljax.data.builders_image import Local, Material, stratified_order
+from tljax.data.transforms import decode, opened
 from tljax.tree import nearest
 from tljax.types import BadInput
 
-__all__ = ["BUILDERS", "Info", "Rows", "Source", "Splits", "find_asset", "open_data", "subset"]
-
+Kind = Literal["image", "text"]
 Task = Literal["classify", "multilabel", "regress", "tag"]
 Labels = Num[np.ndarray, "n *c"]
 
-BUILDERS: dict[str, type[builders_image.Local]] = {
-    "digits": builders_image.Digits,
-    "fashion": builders_image.Fashion,
-    **dict.fromkeys(("emoji/google", "emoji/twitter"), builders_image.Emoji),
-    **{
-        f"sentiment/{c.name}": builders_text.Sentiment
-        for c in builders_text.Sentiment.BUILDER_CONFIGS
-    },
-    "spam": builders_text.Spam,
-    "wordnet": builders_text.Wordnet,
-    "pos": builders_text.Pos,
-    "plaintext": builders_text.Plaintext,
+BUILDERS: dict[str, Callable[[], Material]] = {
+    "digits": builders_image.digits,
+    "fashion": builders_image.fashion,
+    **{f"emoji/{name}": partial(builders_image.emoji, name) for name in builders_image.VENDORS},
+    **{f"sentiment/{n}": partial(builders_text.sentiment, n) for n in builders_text.DOMAINS},
+    "spam": builders_text.spam,
+    "wordnet": builders_text.wordnet,
+    "pos": builders_text.pos,
+    "plaintext": builders_text.plaintext,
 }
 TABLES = (".csv", ".tsv", ".jsonl")
 PICTURES = (".png", ".jpg", ".jpeg")
@@ -50,7 +45,7 @@ PICTURES = (".png", ".jpg", ".jpeg")
 class Info:
     """What a data set holds; task and names are None without labels, names also for numbers."""
 
-    kind: Literal["image", "text"]
+    kind: Kind
     task: Task | None = None
     names: tuple[str, ...] | None = None
 
@@ -150,52 +145,23 @@ class Prepared(Source):
             return None
         values, key = [], self._keys["label"]
         for start in range(0, len(self), 1000):
-            part = range(start, min(start + 1000, len(self)))
+            part = range(len(self))[start : start + 1000]
             values += [record[key] for record in self._data.__getitems__(list(part))]
-        labels = np.asarray([label_row(value, self._info) for value in values])
-        if self._info.task == "classify" and (labels.min() < 0):
-            raise BadInput(
-                f"{self._name}: example {labels.argmin()} has label {labels.min()}, outside its "
-                f"{len(self._info.names)} classes (an unlabelled test part?); choose another split"
-            )
-        return labels
+        return np.asarray([label_row(value, self._info) for value in values])
 
 
 def label_row(value: Any, info: Info) -> np.ndarray | np.generic:
-    """Bring a label to its dtype: int32 class(es), float32 number, float32 multi-hot row."""
+    """Bring a label to its dtype: int32 class or classes, float32 number, float32 multi-hot row."""
     if info.task == "multilabel":
         return np.isin(np.arange(len(info.names)), value).astype(np.float32)
     return np.asarray(value, np.float32 if info.task == "regress" else np.int32)[()]
 
 
-def decode(data: bytes | Path, name: str) -> np.ndarray:
-    """Decode a picture to uint8 [h, w, 1 or 3], transparency on white.
-
-    Raises: BadInput that names a corrupt one.
-    """
-    with _opened(data, name) as picture:
-        if picture.has_transparency_data:
-            page = Image.new("RGBA", picture.size, "white")
-            page.alpha_composite(picture.convert("RGBA"))
-            return to_array(page.convert("RGB"))
-        return to_array(picture.convert("L" if picture.mode in ("1", "L") else "RGB"))
-
-
-@contextmanager
-def _opened(data: bytes | Path, name: str) -> Iterator[Image.Image]:
-    try:
-        with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as picture:
-            yield picture
-    # Pillow raises SyntaxError on broken PNG chunks, and ValueError on some broken compression.
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise BadInput(f"{name} cannot be decoded: {error}\nReplace or remove it.") from error
-
-
 class Rows(Source):
     """Rows in memory of {"image": path, decoded when asked for} or {"text", "text_b"?}."""
 
-    def __init__(self, rows: Sequence[dict[str, Any]], labels: Labels | None):
-        """Hold rows and a label for each."""
+    def __init__(self, rows: Sequence[dict[str, Any]], labels: Labels | None = None):
+        """Hold rows and a label for each; labels that are one a word stand in the rows."""
         self._rows, self.labels = rows, labels
 
     def __len__(self) -> int:
@@ -208,87 +174,102 @@ class Rows(Source):
         return example if self.labels is None else example | {"label": self.labels[index]}
 
 
-def open_data(
-    name: str,
-    *,
-    validation: float | int = 0.1,
-    test: str = "test",
-    seed: int = 0,
-    columns: Mapping[str, str] | None = None,
-) -> Splits:
-    """Open a data set as three disjoint parts.
+def open_data(data: Data, task: str | None = None) -> Splits:
+    """Open a data set as three disjoint parts, for a task or for the one that its labels imply.
 
-    name: one of `BUILDERS`, "tfds:NAME" (prepared data), or the path of a folder
+    data.name: one of `BUILDERS`, "tfds:NAME" (prepared data), or the path of a folder
     (train/<class>/*.png, <class>/*.png, train.csv) or of a .csv, .tsv or .jsonl file.
-    validation: a share or a number of training examples, carved out stratified by `seed`.
+    data.validation: a share or a number of training examples, carved out stratified by `seed`.
     Where no test part exists, a fifth is carved out that does not depend on `seed`, so
-    that runs of different seeds share it.  columns: our names (text, text_b, label, image) ->
+    that runs of different seeds share it.  data.columns: our names (text, text_b, label, image) ->
     theirs.  CSV labels with "|" are lists.
-    Raises: BadInput.
+    Lists are for multilabel, or for tag, with one label a blank-separated word, if `task` says so.
+    Whole numbers are classes, or numbers if `task` is regress.
+    Raises: BadInput, also where a part lacks labels that the task needs.
     """
-    if strange := sorted(set(columns or {}) - {"text", "text_b", "label", "image"}):
+    if strange := sorted(set(data.columns) - {"text", "text_b", "label", "image"}):
         raise BadInput(f"columns has no {strange[0]!r}: expected text, text_b, label or image")
-    asked = {"train": "train", "test": test}
-    if name in BUILDERS or name.startswith("tfds:"):
-        parts, info = _open_tfds(name, asked, dict(columns or {}))
-    elif Path(name).exists():
-        parts, info = _open_path(Path(name), asked, dict(columns or {}))
+    if data.name in BUILDERS or data.name.startswith("tfds:"):
+        parts, info = _open_tfds(data, task)
+    elif Path(data.name).exists():
+        parts, info = _open_path(data, task)
     else:
         raise BadInput(
-            f"unknown data {name!r}: nearest are {nearest(name, BUILDERS, 4)}.\n"
+            f"unknown data {data.name!r}: nearest are {nearest(data.name, BUILDERS, 4)}.\n"
             "Expected one of these, tfds:NAME, or the path of a folder or a file."
         )
     if "test" not in parts:
         parts["train"], parts["test"] = _carve(parts["train"], 0.2, seed=0)
-    parts["train"], parts["validation"] = _carve(parts["train"], validation, seed)
+    parts["train"], parts["validation"] = _carve(parts["train"], data.validation, data.seed)
     for part, source in parts.items():
+        where = f"the {part} part of {data.name!r}"
         if len(source) == 0:
-            raise BadInput(f"the {part} part of {name!r} is empty: give it at least one example")
+            raise BadInput(f"{where} is empty: give it at least one example")
+        if info.task and task != "mlm":
+            _refuse_unlabelled(source, info, where)
+    if data.labels:
+        parts["train"] = subset(parts["train"], data.labels, data.seed)
     return Splits(**parts, info=info)
+
+
+def _refuse_unlabelled(source: Source, info: Info, where: str) -> None:
+    if "label" not in source[0]:
+        raise BadInput(f"{where} has no labels, which task {info.task!r} needs")
+    if info.task == "classify" and (least := source.labels.min()) < 0:
+        raise BadInput(
+            f"{where}: example {source.labels.argmin()} has label {least}, outside its "
+            f"{len(info.names)} classes (is the part unlabelled?); choose another split"
+        )
+
+
+def _choose(infos: Sequence[Info], task: str | None, name: str) -> Info:
+    """Take the first, which the labels imply, unless another is asked for that they can serve."""
+    able: list[str] = [info.task for info in infos if info.task]
+    if infos[0].kind == "text":
+        able.append("mlm")
+    if (task or next(iter(able), None)) not in able:
+        raise BadInput(f"task {task!r} does not fit data {name!r}; it can serve {able}")
+    return next((info for info in infos if info.task == task), infos[0])
 
 
 def subset(source: Source, size: int, seed: int) -> Subset:
     """Choose a label budget, stratified; a smaller budget of the same seed lies in a larger one."""
     if not 0 < size <= len(source):
         raise BadInput(f"a budget of {size} examples: expected 1 to the {len(source)} there are")
-    return Subset(source, _order(source, seed)[:size])
-
-
-def _order(source: Source, seed: int) -> Int[np.ndarray, " n"]:
-    labels = source.labels
-    strata = labels if labels is not None and labels.dtype == np.int32 else None
-    return stratified_order(strata, seed, len(source))
+    return _carve(source, size, seed)[1]
 
 
 def _carve(source: Source, amount: float | int, seed: int) -> tuple[Subset, Subset]:
+    """Split into the rest and an amount, stratified by class."""
     count = round(amount * len(source)) if isinstance(amount, float) else amount
-    order = _order(source, seed)
+    labels = source.labels
+    strata = labels if labels is not None and labels.dtype == np.int32 else None
+    order = stratified_order(strata, seed, len(source))
     return Subset(source, order[count:]), Subset(source, order[:count])
 
 
-def _open_tfds(
-    name: str, asked: dict[str, str], columns: dict[str, str]
-) -> tuple[dict[str, Source], Info]:
-    cls = BUILDERS.get(name)
-    wanted = f"{name}:{cls.VERSION}" if cls else name.removeprefix("tfds:")
+def _open_tfds(data: Data, task: str | None) -> tuple[dict[str, Source], Info]:
+    make, plain = BUILDERS.get(data.name), data.name.replace("/", "_")  # tfds wants a plain name
+    wanted = f"{plain}:{Local.VERSION}" if make else data.name.removeprefix("tfds:")
     chosen = os.environ.get("TFDS_DATA_DIR") or os.environ.get("TLJAX_DATA")
     folder = Path(chosen) if chosen else Path.home() / ".cache" / "tljax" / "tfds"
     try:
         builder = tfds.core.read_only_builder.builder_from_files(wanted, data_dir=folder)
     except tfds.core.DatasetNotFoundError as error:
-        if cls is None:
+        if make is None:
             raise BadInput(
                 f"no prepared TFDS data {wanted!r} under {folder}.\n"
                 "Prepare it there in the array_record format, or set $TFDS_DATA_DIR."
             ) from error
-        builder = cls(data_dir=folder, config=name.partition("/")[2] or None)
+        builder = Local(plain, make(), folder)
         if not sys.stderr.isatty():
             tfds.disable_progress_bar()
         builder.download_and_prepare()
     features = builder.info.features
-    keys = _guess_keys(features) | columns
-    _refuse_missing(name, keys, features)
-    info = Info("image" if "image" in keys else "text", *_read_task(features, keys))
+    keys = _guess_keys(features) | data.columns
+    _refuse_missing(data.name, keys, features)
+    info = _choose([_read_info(features, keys)], task, data.name)
+    asked = {"train": "train", "test": data.test}
     return {part: Prepared(builder, split, keys, info) for part, split in asked.items()}, info
 
 
@@ -302,15 +283,15 @@ def _guess_keys(features: Mapping[str, Any]) -> dict[str, str]:
     return keys | dict(zip(("label",), labels, strict=False))
 
 
-def _read_task(
-    features: Mapping[str, Any], keys: dict[str, str]
-) -> tuple[Task | None, tuple[str, ...] | None]:
+def _read_info(features: Mapping[str, Any], keys: dict[str, str]) -> Info:
+    kind: Kind = "image" if "image" in keys else "text"
     feature = features[keys["label"]] if "label" in keys else None
     if isinstance(feature, ClassLabel):
-        return "classify", tuple(feature.names)
+        return Info(kind, "classify", tuple(feature.names))
     if isinstance(feature, tfds.features.Sequence):
-        return "multilabel" if "image" in keys else "tag", tuple(feature.feature.names)
-    return "regress" if feature else None, None
+        task: Task = "multilabel" if kind == "image" else "tag"
+        return Info(kind, task, tuple(feature.feature.names))
+    return Info(kind, "regress" if feature else None)
 
 
 def _refuse_missing(name: str, keys: dict[str, str], present: Mapping[str, Any]) -> None:
@@ -322,30 +303,26 @@ def _refuse_missing(name: str, keys: dict[str, str], present: Mapping[str, Any])
             )
 
 
-def _open_path(
-    path: Path, asked: dict[str, str], columns: dict[str, str]
-) -> tuple[dict[str, Source], Info]:
+def _open_path(data: Data, task: str | None) -> tuple[dict[str, Source], Info]:
     """Open the files of each part; a test part that is not there is left out, for carving."""
-    places = {"train": path}
-    if path.is_dir():
-        found = {
-            part: place
-            for end in ("", *TABLES)
-            for part, split in asked.items()
-            if (place := path / f"{split}{end}").exists()
-        }
-        places = found or places
-    may_lack = {"test"} if asked["test"] == "test" else set()  # else a slip would go unnoticed
+    path, asked = Path(data.name), {"train": "train", "test": data.test}
+    found = {
+        part: place
+        for end in ("", *TABLES)
+        for part, split in asked.items()
+        if (place := path / f"{split}{end}").exists()
+    }
+    places = found or {"train": path}
+    may_lack = {"test"} if data.test == "test" else set()  # else a slip would go unnoticed
     for part in asked.keys() - may_lack - places.keys():
         raise BadInput(f"{path} lacks its {part} part {asked[part]!r}, or names it otherwise")
     tables = {
-        part: read_table(place, columns) if place.is_file() else _read_folder(place)
+        part: read_table(place, data.columns) if place.is_file() else _read_folder(place)
         for part, place in places.items()
     }
-    info = _read_info(*tables["train"])
+    info = _choose(_read_infos(*tables["train"]), task, data.name)
     return {
-        part: Rows(rows, _to_labels(values, info, places[part]))
-        for part, (rows, values) in tables.items()
+        part: _to_rows(rows, values, info, places[part]) for part, (rows, values) in tables.items()
     }, info
 
 
@@ -357,7 +334,7 @@ def _read_folder(path: Path) -> tuple[list[dict], list[str]]:
             "with or without train/ and test/ above the classes"
         )
     for file in files:  # the header alone, which is cheap: what is no picture is named at once
-        with _opened(file, f"image {file}"):
+        with opened(file, f"image {file}"):
             pass
     return [{"image": file} for file in files], [file.parent.name for file in files]
 
@@ -394,44 +371,54 @@ def read_table(path: Path, columns: Mapping[str, str]) -> tuple[list[dict], list
     return [{our: row[key] for our, key in keys.items() if our != "label"} for row in table], values
 
 
-def _read_info(rows: list[dict], values: list | None) -> Info:
-    """Infer the task from the training labels: lists, numbers with fractions, or classes."""
-    kind: Literal["image", "text"] = "image" if "image" in rows[0] else "text"
+def _read_infos(rows: list[dict], values: list | None) -> list[Info]:
+    """List what the training labels can serve, the likeliest first: lists, numbers or classes."""
+    kind: Kind = "image" if "image" in rows[0] else "text"
     if values is None:
-        return Info(kind)
+        return [Info(kind)]
+    names = sorted({str(label) for value in values for label in _listed(value)})
     if any(isinstance(value, list) for value in values):
-        return Info(kind, "multilabel", tuple(sorted({str(v) for value in values for v in value})))
-    names = sorted({str(value) for value in values})
+        return [Info(kind, "multilabel", tuple(names)), Info(kind, "tag", tuple(names))]
     try:
         names.sort(key=float)
     except ValueError:  # not all are numbers
-        return Info(kind, "classify", tuple(names))
+        return [Info(kind, "classify", tuple(names))]
+    classes, number = Info(kind, "classify", tuple(names)), Info(kind, "regress")
     fractions = kind == "text" and not all(name.lstrip("+-").isdigit() for name in names)
-    return Info(kind, "regress") if fractions else Info(kind, "classify", tuple(names))
+    return [number] if fractions else [classes, number]
 
 
-def _to_number(value: Any, place: Path, index: int) -> np.float32:
-    with suppress(TypeError, ValueError):
-        if np.isfinite(number := np.float32(value)):
-            return number
-    raise BadInput(f"{place}, example {index}: label {value!r} is not a finite number")
+def _listed(value: Any) -> list:
+    return value if isinstance(value, list) else [value]
 
 
-def _to_labels(values: list | None, info: Info, place: Path) -> Labels | None:
+def _to_rows(rows: list[dict], values: list | None, info: Info, place: Path) -> Rows:
     if values is None or info.task is None:
-        return None
+        return Rows(rows)
+    index, labels = {name: i for i, name in enumerate(info.names or ())}, []
+    for number, (row, value) in enumerate(zip(rows, values, strict=True), 1):
+        where = row.get("image", f"{place}, row {number}")
+        label = _to_label(value, info, index, where)
+        if info.task == "tag" and len(label) != (words := len(row["text"].split())):
+            raise BadInput(f"{where} has {words} words but {len(label)} tags: give one a word")
+        labels.append(label)
+    if info.task == "tag":
+        return Rows([row | {"label": tags} for row, tags in zip(rows, labels, strict=True)])
+    return Rows(rows, np.asarray(labels))
+
+
+def _to_label(value: Any, info: Info, index: dict[str, int], where: str | Path) -> Any:
     if info.task == "regress":
-        return np.asarray([_to_number(value, place, i) for i, value in enumerate(values)])
-    index = {name: i for i, name in enumerate(info.names)}
-    rows = []
-    for i, value in enumerate(values):
-        listed = [str(v) for v in value] if isinstance(value, list) else [str(value)]
-        for label in listed:
-            if label not in index:
-                raise BadInput(
-                    f"{place}, example {i}: label {label!r} is outside the classes of the "
-                    f"training part: {', '.join(info.names[:12])}"
-                )
-        found = [index[label] for label in listed]
-        rows.append(label_row(found if info.task == "multilabel" else found[0], info))
-    return np.asarray(rows)
+        with suppress(TypeError, ValueError):
+            if np.isfinite(number := label_row(value, info)):
+                return number
+        raise BadInput(f"{where}: label {value!r} is not a finite number")
+    listed = [value] if info.task == "classify" else _listed(value)
+    for label in map(str, listed):
+        if label not in index:
+            raise BadInput(
+                f"{where}: label {label!r} is outside the classes of the "
+                f"training part: {', '.join(info.names[:12])}"
+            )
+    found = [index[str(label)] for label in listed]
+    return label_row(found[0] if info.task == "classify" else found, info)

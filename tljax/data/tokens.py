@@ -1,6 +1,7 @@
 """Texts to token ids: WordPiece from Hugging Face's `tokenizers`, masking and packing for MLM."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
@@ -10,7 +11,7 @@ import tokenizers
 from jaxtyping import Int32
 from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 
-from tljax.data.sources import Info, Labels, Source, Splits
+from tljax.data.sources import Labels, Source
 from tljax.types import BadInput
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -24,13 +25,13 @@ class Tokenizer:
 
     def __init__(self, inner: tokenizers.Tokenizer, max_length: int = 128):
         """Take over a tokenizer; the padding and truncation that its file had are forgotten."""
-        missing = [token for token in SPECIAL if inner.token_to_id(token) is None]
-        if missing:
+        self.special: list[int] = [inner.token_to_id(token) for token in SPECIAL]
+        if missing := [t for t, i in zip(SPECIAL, self.special, strict=True) if i is None]:
             raise BadInput(f"the tokenizer lacks {missing}: expected BERT's tokens {SPECIAL}")
         inner.no_padding()
         inner.enable_truncation(max_length)
         self.inner, self.vocab_size, self.max_length = inner, inner.get_vocab_size(), max_length
-        self.pad, _, self.cls, self.sep, self.mask = map(inner.token_to_id, SPECIAL)
+        self.pad, _, self.cls, self.sep, self.mask = self.special
 
     @classmethod
     def from_file(cls, path: str | Path, max_length: int = 128) -> Self:
@@ -44,18 +45,16 @@ class Tokenizer:
         self.inner.save(str(path))
 
 
-def train_wordpiece(texts: Iterable[str], vocab_size: int, max_length: int = 128) -> Tokenizer:
+def train_wordpiece(texts: Sequence[str], vocab_size: int, max_length: int = 128) -> Tokenizer:
     """Learn a lower-case WordPiece vocabulary, the same in every process for the same texts."""
     normalise, cut = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
     learner = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
     learner.normalizer, learner.pre_tokenizer = normalise, cut
-    texts = list(texts)
     letters = {letter for text in texts for letter in normalise.normalize_str(text)}
     # Else the trainer numbers them in the order of a hash map, which differs between processes.
     inside = sorted(f"##{letter}" for letter in letters if not letter.isspace())
-    special = [*SPECIAL, *inside]
     trainer = trainers.WordPieceTrainer(
-        vocab_size=vocab_size, special_tokens=special, show_progress=False
+        vocab_size=vocab_size, special_tokens=[*SPECIAL, *inside], show_progress=False
     )
     learner.train_from_iterator(texts, trainer)
     inner = tokenizers.Tokenizer(models.WordPiece(learner.get_vocab(), unk_token="[UNK]"))
@@ -66,68 +65,63 @@ def train_wordpiece(texts: Iterable[str], vocab_size: int, max_length: int = 128
     return Tokenizer(inner, max_length)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Encoded(Source):
-    """A source of token ids; examples come out padded to `length`."""
+    """A source of token ids; examples come out padded to `length`.
 
-    ids: IdRows
-    types: IdRows
+    columns: input_ids, token_type_ids, and label where it is one a token; not padded.
+    """
+
+    columns: Mapping[str, IdRows]
     length: int
     pad: int
-    tags: IdRows | None = None
     labels: Labels | None = None
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self.columns["input_ids"])
 
     def __getitem__(self, i: int) -> dict[str, np.ndarray]:
         """Give {input_ids, attention_mask, token_type_ids} of `length`, and the label if any."""
+        known = len(self.columns["input_ids"][i])
+        fillers = {"input_ids": self.pad, "token_type_ids": 0, "label": -1}
         example = {
-            "input_ids": self._padded(self.ids[i], self.pad),
-            "attention_mask": self._padded(np.ones_like(self.ids[i]), 0),
-            "token_type_ids": self._padded(self.types[i], 0),
+            name: np.pad(rows[i], (0, self.length - known), constant_values=fillers[name])
+            for name, rows in self.columns.items()
         }
-        if self.tags is not None:
-            example["label"] = self._padded(self.tags[i], -1)
-        elif self.labels is not None:
-            example["label"] = self.labels[i]
-        return example
-
-    def _padded(self, values: Ids, filler: int) -> Ids:
-        return np.pad(values, (0, self.length - len(values)), constant_values=filler)
+        example["attention_mask"] = (np.arange(self.length) < known).astype(np.int32)
+        return example if self.labels is None else example | {"label": self.labels[i]}
 
 
-def encode(source: Source, tokenizer: Tokenizer, info: Info) -> Encoded:
+def encode(source: Source, tokenizer: Tokenizer) -> Encoded:
     """Encode a source of texts once; length = the longest text, up to a multiple of 8.
 
     Tags stand on the first piece of their word, -1 on other pieces and special tokens.
     """
-    ids, types, tags = [], [], []
-    tagged = info.task == "tag"
+    tagged = source.labels is None and "label" in source[0]
+    columns: dict[str, list[Ids]] = defaultdict(list)
     for rows in _chunks(source):
-        texts = [row["text"].split(" ") if tagged else _pair(row) for row in rows]
+        texts = [row["text"].split() if tagged else _pair(row) for row in rows]
         encodings = tokenizer.inner.encode_batch(texts, is_pretokenized=tagged)
-        ids += [np.asarray(encoding.ids, np.int32) for encoding in encodings]
-        types += [np.asarray(encoding.type_ids, np.int32) for encoding in encodings]
-        if tagged:
-            pairs = zip(encodings, rows, strict=True)
-            tags += [_on_first_piece(encoding.word_ids, row["label"]) for encoding, row in pairs]
-    length = min(-(-max(map(len, ids)) // 8) * 8, tokenizer.max_length)
-    shape = {"length": length, "pad": tokenizer.pad}
-    return Encoded(ids=ids, types=types, tags=tags or None, labels=source.labels, **shape)
+        for encoding, row in zip(encodings, rows, strict=True):
+            columns["input_ids"].append(np.asarray(encoding.ids, np.int32))
+            columns["token_type_ids"].append(np.asarray(encoding.type_ids, np.int32))
+            if tagged:
+                columns["label"].append(_on_first_piece(encoding.word_ids, row["label"]))
+    longest = max(map(len, columns["input_ids"]))
+    length = min(-(-longest // 8) * 8, tokenizer.max_length)
+    return Encoded(columns, length, tokenizer.pad, source.labels)
 
 
-def encode_splits(splits: Splits, tokenizer: Tokenizer) -> Splits:
-    """Encode all parts of a text data set to one common length, so that each step compiles once."""
-    parts = [encode(part, tokenizer, splits.info) for part in splits[:3]]
+def encode_alike(sources: Sequence[Source], tokenizer: Tokenizer) -> list[Encoded]:
+    """Encode the parts of a data set to one common length, so that each step compiles once."""
+    parts = [encode(source, tokenizer) for source in sources]
     length = max(part.length for part in parts)
-    train, validation, test = (replace(part, length=length) for part in parts)
-    return Splits(train, validation, test, splits.info)
+    return [replace(part, length=length) for part in parts]
 
 
 def _chunks(source: Source) -> Iterator[list[dict]]:
     for start in range(0, len(source), _CHUNK):
-        yield source.__getitems__(range(start, min(start + _CHUNK, len(source))))
+        yield source.__getitems__(range(len(source))[start : start + _CHUNK])
 
 
 def _pair(row: dict) -> str | tuple[str, str]:
@@ -159,7 +153,8 @@ def pack(source: Source, tokenizer: Tokenizer, length: int) -> Encoded:
     table = np.full((count, length), tokenizer.sep, np.int32)
     table[:, 0] = tokenizer.cls
     table[:, 1:-1] = joined[: count * (length - 2)].reshape(count, length - 2)
-    return Encoded(ids=table, types=np.zeros_like(table), length=length, pad=tokenizer.pad)
+    columns = {"input_ids": table, "token_type_ids": np.zeros_like(table)}
+    return Encoded(columns, length, tokenizer.pad)
 
 
 @dataclass(frozen=True)
@@ -171,23 +166,17 @@ class MaskTokens:
     Source: Devlin et al. 2019, section 3.1.
     """
 
-    special: tuple[int, ...]
-    mask: int
-    vocab_size: int
+    tokenizer: Tokenizer
     rate: float = 0.15
-
-    @classmethod
-    def of(cls, tokenizer: Tokenizer, rate: float = 0.15) -> Self:
-        """Read the special tokens off a tokenizer."""
-        special = tuple(map(tokenizer.inner.token_to_id, SPECIAL))
-        return cls(special, tokenizer.mask, tokenizer.vocab_size, rate)
 
     def __call__(self, example: dict, rng: np.random.Generator) -> dict:
         """Replace the input_ids of an example and give it a label."""
         ids = example["input_ids"]
-        chosen = (rng.random(ids.shape) < self.rate) & ~np.isin(ids, self.special)
+        chosen = (rng.random(ids.shape) < self.rate) & ~np.isin(ids, self.tokenizer.special)
         fate = rng.random(ids.shape)
-        anything = rng.integers(self.vocab_size, size=ids.shape, dtype=np.int32)
-        shown = np.where(fate < 0.8, np.int32(self.mask), np.where(fate < 0.9, anything, ids))
+        anything = rng.integers(self.tokenizer.vocab_size, size=ids.shape, dtype=np.int32)
+        shown = np.where(
+            fate < 0.8, np.int32(self.tokenizer.mask), np.where(fate < 0.9, anything, ids)
+        )
         label = np.where(chosen, ids, np.int32(-1))
         return {**example, "input_ids": np.where(chosen, shown, ids), "label": label}

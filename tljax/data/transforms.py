@@ -1,13 +1,18 @@
-"""What happens to an image without chance: resize, crop, normalise (numpy and Pillow)."""
+"""What happens to an image without chance: decode, fit, normalise (numpy and Pillow)."""
 
-from dataclasses import dataclass
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float32, UInt8
 from PIL import Image
 
+from tljax.types import BadInput
+
 Pixels = UInt8[np.ndarray, "h w c"]
-IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}  # of bytes / 255
 
 
 def to_pil(image: Pixels) -> Image.Image:
@@ -21,17 +26,38 @@ def to_array(image: Image.Image) -> Pixels:
     return pixels[:, :, None] if pixels.ndim == 2 else pixels
 
 
+@contextmanager
+def opened(data: bytes | Path, name: str) -> Iterator[Image.Image]:
+    """Open a picture, not yet its pixels.
+
+    Raises: BadInput that names a corrupt one, also when its pixels turn out to be.
+    """
+    try:
+        with Image.open(io.BytesIO(data) if isinstance(data, bytes) else data) as picture:
+            yield picture
+    # Pillow raises SyntaxError on broken PNG chunks, and ValueError on some broken compression.
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise BadInput(f"{name} cannot be decoded: {error}\nReplace or remove it.") from error
+
+
+def decode(data: bytes | Path, name: str) -> Pixels:
+    """Decode a picture to one or three channels, transparency on white.
+
+    Raises: BadInput that names a corrupt one.
+    """
+    with opened(data, name) as picture:
+        if picture.has_transparency_data:
+            page = Image.new("RGBA", picture.size, "white")
+            page.alpha_composite(picture.convert("RGBA"))
+            return to_array(page.convert("RGB"))
+        return to_array(picture.convert("L" if picture.mode in ("1", "L") else "RGB"))
+
+
 def resize(image: Pixels, height: int, width: int) -> Pixels:
     """Resize with Pillow's bicubic filter, which is wide enough not to alias when shrinking."""
     if image.shape[:2] == (height, width):
         return image
     return to_array(to_pil(image).resize((width, height), Image.Resampling.BICUBIC))
-
-
-def center_crop(image: Pixels, size: int) -> Pixels:
-    """Cut the middle `size` x `size` pixels out."""
-    top, left = (image.shape[0] - size) // 2, (image.shape[1] - size) // 2
-    return image[top : top + size, left : left + size]
 
 
 def normalise(
@@ -42,30 +68,10 @@ def normalise(
     return image * scale.astype(np.float32) + shift.astype(np.float32)
 
 
-@dataclass(frozen=True)
-class FitImage:
-    """Bring images to `size` x `size` bytes: shorter side to `resize`, then the middle.
-
-    Deterministic, so that `Cached` may remember the result.
-    """
-
-    size: int
-    resize: int
-
-    def __call__(self, example: dict) -> dict:
-        """Replace the image of an example."""
-        image = example["image"]
-        height, width = (side * self.resize // min(image.shape[:2]) for side in image.shape[:2])
-        return {**example, "image": center_crop(resize(image, height, width), self.size)}
-
-
-@dataclass(frozen=True)
-class Normalise:
-    """The evaluation transform of images: normalised float32 with three channels, no chance."""
-
-    mean: tuple[float, ...] = IMAGENET_MEAN
-    std: tuple[float, ...] = IMAGENET_STD
-
-    def __call__(self, example: dict, rng: np.random.Generator) -> dict:
-        """Replace the image of an example; `rng` is not read."""
-        return {**example, "image": normalise(example["image"], self.mean, self.std)}
+def fit(example: dict, size: int) -> dict:
+    """Bring an example's image to `size` x `size` pixels: the shorter side, then the middle."""
+    image = example["image"]
+    height, width = (side * size // min(image.shape[:2]) for side in image.shape[:2])
+    top, left = (height - size) // 2, (width - size) // 2
+    image = resize(image, height, width)[top : top + size, left : left + size]
+    return {**example, "image": image}

@@ -1,12 +1,13 @@
 """Loading as a tree edit: every leaf of both sides is loaded, fresh or ignored."""
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from flax import struct
 
-from tljax.tree import flatten, label, map_with_path, nearest
+from tljax.tree import flatten, label, nearest, unflatten
 from tljax.types import BadInput, Edit, Key, Rules, Tree
 
 
@@ -24,14 +25,12 @@ class Load:
 
         Raises: BadInput if the tree lacks a leaf that is to be filled.
         """
-        if absent := sorted(self.values.keys() - flatten(tree).keys()):
-            near = nearest(absent[0], flatten(tree))
+        leaves = flatten(tree)
+        if absent := sorted(self.values.keys() - leaves.keys()):
+            near = nearest(absent[0], leaves)
             raise BadInput(f"{absent[0]} is to be loaded, but is not in the tree (nearest: {near})")
-
-        def fill(path: str, leaf: Any) -> Any:
-            return jnp.asarray(self.values[path], leaf.dtype) if path in self.values else leaf
-
-        return map_with_path(fill, tree)
+        new = {path: jnp.asarray(x, leaves[path].dtype) for path, x in self.values.items()}
+        return unflatten(leaves | new)
 
 
 class Row(NamedTuple):
@@ -47,12 +46,10 @@ class Report(NamedTuple):
 
     rows: tuple[Row, ...]
     share: float  # fraction of the source's numbers that were used
-    ignored: Mapping[str, str]  # source leaf -> why it was not used
 
-    def counts(self) -> dict[str, int]:
+    def counts(self) -> Counter[str]:
         """Return how many leaves have each status."""
-        statuses = [row.status for row in self.rows]
-        return {status: statuses.count(status) for status in dict.fromkeys(statuses)}
+        return Counter(row.status for row in self.rows)
 
     def table(self) -> str:
         """Return the account as text, one leaf a line, the totals last."""
@@ -99,14 +96,12 @@ def load(
                 f"{path}: the source gives shape {leaf.shape}, the model expects "
                 f"{wanted[path].shape}\ndoes the config override a size that the weights fix?"
             )
-    shapes = {path: ("loaded", str(leaf.shape)) for path, leaf in values.items()}
-    shapes |= {
-        path: ("adapted", how) for path, how in flatten(label(target, adapted, None)).items()
-    }
-    reasons = {path: ("fresh", why) for path, why in why_fresh.items()}
-    unused = {path: (why_fresh | why_ignored)[path] for path in given if path not in values}
-    status = shapes | reasons
+    how_adapted = flatten(label(target, adapted, None))
+    status = {path: ("loaded", str(leaf.shape)) for path, leaf in values.items()}
+    status |= {path: ("adapted", how) for path, how in how_adapted.items()}
+    status |= {path: ("fresh", why) for path, why in why_fresh.items()}
+    why = why_fresh | why_ignored
     rows = [Row(path, *status[path]) for path in wanted]
-    rows += [Row(path, "ignored", why) for path, why in unused.items()]
+    rows += [Row(path, "ignored", why[path]) for path in given if path not in values]
     used = sum(leaf.size for leaf in values.values()) / sum(leaf.size for leaf in given.values())
-    return Load(values), Report(tuple(rows), used, unused)
+    return Load(values), Report(tuple(rows), used)

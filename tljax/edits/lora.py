@@ -1,13 +1,10 @@
 """LoRA as a tree edit: graft low-rank factors beside kernels, and fold them back."""
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from flax import struct
-from jaxtyping import Array, Float
 
-from tljax.tree import edit, matches, nearest, subtrees
+from tljax.tree import edit, flatten, matches, nearest
 from tljax.types import BadInput, Key, Tree
 
 
@@ -16,11 +13,8 @@ def targets_of(tree: Tree, globs: tuple[str, ...]) -> list[str]:
 
     Raises: BadInput for a glob that names no such module, with the nearest that exist.
     """
-    dense = [
-        path
-        for path, node in subtrees(tree).items()
-        if isinstance(node, dict) and getattr(node.get("kernel"), "ndim", 0) == 2
-    ]
+    leaves = flatten(tree).items()
+    dense = [p.removesuffix("/kernel") for p, x in leaves if p.endswith("/kernel") and x.ndim == 2]
     for glob in globs:
         if not any(matches(glob, path) for path in dense):
             raise BadInput(
@@ -71,7 +65,7 @@ class Graft:
 
 
 def merge(tree: Tree) -> Tree:
-    """Fold every LoRA into its kernel, in float32.
+    """Fold every LoRA into its kernel: kernel + scale * a @ b, summed in float32.
 
     `{kernel, lora: {a, b, scale, rate}}  ->  {kernel}`
     """
@@ -79,12 +73,8 @@ def merge(tree: Tree) -> Tree:
         return tree
     if "lora" not in tree:
         return {name: merge(child) for name, child in tree.items()}
-    rest = {name: leaf for name, leaf in tree.items() if name != "lora"}
-    return rest | {"kernel": folded(tree["kernel"], tree["lora"])}
-
-
-def folded(kernel: Float[Array, "i o"], lora: dict[str, Any]) -> Float[Array, "i o"]:
-    """Return kernel + scale * a @ b, summed in float32."""
+    kernel, lora = tree["kernel"], tree["lora"]
     a, b = lora["a"].astype(jnp.float32), lora["b"].astype(jnp.float32)
     low_rank = jnp.matmul(a, b, precision="highest")
-    return (kernel.astype(jnp.float32) + lora["scale"] * low_rank).astype(kernel.dtype)
+    folded = (kernel.astype(jnp.float32) + lora["scale"] * low_rank).astype(kernel.dtype)
+    return {name: leaf for name, leaf in tree.items() if name != "lora"} | {"kernel": folded}

@@ -1,5 +1,6 @@
 """BERT: post-norm blocks on WordPiece tokens, with pooler and masked-language-model head."""
 
+from functools import partial
 from typing import Any
 
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ from tljax.types import BadInput, Output
 
 Tokens = Float[Array, "b l d"]
 Ids = Int[Array, "b l"]
+dense = partial(layers.Dense, kernel_init=layers.small_normal)
 
 
 class TokenEmbed(nn.Module):
@@ -43,10 +45,6 @@ class TokenEmbed(nn.Module):
             )
         positions = self.position(jnp.arange(length)[None])
         return self.norm(self.word(input_ids) + positions + self.type(token_type_ids))
-
-    def attend(self, x: Tokens) -> Float[Array, "b l v"]:
-        """Score features against every word."""
-        return self.word.attend(x)
 
 
 class Block(nn.Module):
@@ -84,9 +82,8 @@ class MaskedLanguageHead(nn.Module):
     @nn.compact
     def __call__(self, tokens: Tokens, embed: TokenEmbed) -> Float[Array, "b l v"]:
         act = layers.choose(layers.ACTIVATIONS, self.activation, "activation")
-        options = {"dtype": self.dtype, "kernel_init": layers.small_normal, "name": "dense"}
-        x = act(layers.Dense(tokens.shape[-1], **options)(tokens))
-        scores = embed.attend(layers.LayerNorm(self.eps, self.dtype, name="norm")(x))
+        x = act(dense(tokens.shape[-1], dtype=self.dtype, name="dense")(tokens))
+        scores = embed.word.attend(layers.LayerNorm(self.eps, self.dtype, name="norm")(x))
         bias = self.param("bias", nn.initializers.zeros, (self.vocab,), jnp.float32)
         return scores.astype(jnp.float32) + layers.along_last(bias, scores).astype(jnp.float32)
 
@@ -145,12 +142,10 @@ class Bert(nn.Module):
     def pooled(self, x: Tokens, mask: Bool[Array, "b l"] | None) -> Float[Array, "b d"]:
         """Pool the tokens."""
         pools = {"cls": x[:, 0], "mean": masked_mean(x, mask), "pooler": x[:, 0]}
-        pooled = layers.choose(pools, self.pool, "pool")
         if self.pool == "pooler" or (self.pooler and self.is_initializing()):
-            options = {"dtype": self.dtype, "kernel_init": layers.small_normal, "name": "pooler"}
-            projected = jnp.tanh(layers.Dense(self.width, **options)(x[:, 0]))
-            return projected if self.pool == "pooler" else pooled
-        return pooled
+            pooler = dense(self.width, dtype=self.dtype, name="pooler")
+            pools["pooler"] = jnp.tanh(pooler(x[:, 0]))
+        return layers.choose(pools, self.pool, "pool")
 
 
 def masked_mean(x: Tokens, mask: Bool[Array, "b l"] | None) -> Float[Array, "b d"]:

@@ -25,7 +25,6 @@ class Source:
     preprocess: Mapping[str, Any] | None  # mean and std (of 0..1) of images
     tokenizer: Path | None  # tokenizer.json
     labels: tuple[str, ...] | None
-    origin: str
     digest: str  # SHA-256 of the weights file
     ignored: Mapping[str, str]  # foreign tensor -> why it was left out
 
@@ -40,9 +39,7 @@ DINOV2: Mapping[str, Any] = {
     "mlp_ratio": 4, "layer_norm_eps": 1e-6, "hidden_act": "gelu", "layerscale_value": 1.0,
     "image_size": 518, "patch_size": 14,
 }  # fmt: skip
-IMAGENET: Mapping[str, Any] = {
-    "image_mean": (0.485, 0.456, 0.406), "image_std": (0.229, 0.224, 0.225),
-}  # fmt: skip
+IMAGENET: Mapping[str, Any] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
 def open_weights(name_or_path: str | Path) -> Source:
@@ -53,11 +50,11 @@ def open_weights(name_or_path: str | Path) -> Source:
     path = _find(str(name_or_path))
     data, origin = path.read_bytes(), str(path)
     if path.suffix == ".onnx":
-        config, images = DINOV2, IMAGENET
+        config, preprocess = DINOV2, IMAGENET
         state, left = read_onnx(data, origin)
     else:
         config = _read_json(path.with_name("config.json"))
-        images = _read_json(path.with_name("preprocessor_config.json"))
+        preprocess = _read_preprocess(path.with_name("preprocessor_config.json"))
         state, left = read_safetensors(path), {}
     fields = read_fields(config, str(path.with_name("config.json")))
     kind = config["model_type"]
@@ -72,10 +69,9 @@ def open_weights(name_or_path: str | Path) -> Source:
         arch=ARCHS[kind],
         fields=fields,
         tree=tree,
-        preprocess=_preprocess(images, path) if images else None,
+        preprocess=preprocess,
         tokenizer=tokenizer if tokenizer.exists() else None,
         labels=tuple(labels[i] for i in sorted(labels, key=int)) if labels else None,
-        origin=origin,
         digest=hashlib.sha256(data).hexdigest(),
         ignored=left | ignored,
     )
@@ -115,9 +111,9 @@ def _read_json(path: Path) -> Mapping[str, Any]:
         raise BadInput(f"{path} is not a JSON object: {error}") from None
 
 
-def _preprocess(config: Mapping[str, Any], path: Path) -> dict[str, Any]:
+def _read_preprocess(path: Path) -> Mapping[str, Any] | None:
+    config = _read_json(path)
     try:
-        return {name: tuple(config[f"image_{name}"]) for name in ("mean", "std")}
+        return {k: tuple(config[f"image_{k}"]) for k in ("mean", "std")} if config else None
     except (KeyError, TypeError) as error:
-        where = path.with_name("preprocessor_config.json")
-        raise BadInput(f"{where}: no or no usable value for {error}") from None
+        raise BadInput(f"{path}: no or no usable value for {error}") from None

@@ -1,7 +1,8 @@
-"""Hugging Face files <-> tljax trees: one table a format, read in both directions.
+"""Hugging Face files <-> tljax trees: one table, read in both directions.
 
-A row: section, foreign module, tljax module, kind.  Section `body` must be there, whole; of others
-all or nothing.  Rows with {i} repeat for every block, rows with {a} for query, key and value.
+A row: formats, section, foreign module, tljax module, kind.  Section `body` must be there, whole;
+of others all or nothing.  Rows with {block} repeat for every block, number {i}; those with {a} for
+query, key and value; those with {k} for every convolution, which is our number {n} = {k} + 1.
 """
 
 from collections.abc import Mapping
@@ -34,60 +35,45 @@ KINDS: Mapping[str, tuple[tuple[str, str, str, Axes], ...]] = {
 }
 """Foreign suffix, collection, tljax suffix and axes of each leaf."""
 
-_MLP_HEAD = """
-body encoder.layer.{i}.intermediate.dense blocks/{i}/mlp/up dense
-body encoder.layer.{i}.output.dense blocks/{i}/mlp/down dense
-head classifier head dense
+TABLE = """
+vit,dinov2  body         embeddings.cls_token                    embed/cls                 leaf
+vit,dinov2  body         embeddings.position_embeddings          embed/pos                 leaf
+vit,dinov2  body         embeddings.patch_embeddings.projection  embed/patch               conv+bias
+vit,dinov2  body         {block}.attention.attention.{a}         blocks/{i}/attention/{a}  dense
+vit,dinov2  body         {block}.attention.output.dense          blocks/{i}/attention/out  dense
+vit,dinov2  body         layernorm                               norm                      norm
+vit         body         {block}.layernorm_before                blocks/{i}/norm1          norm
+vit         body         {block}.layernorm_after                 blocks/{i}/norm2          norm
+dinov2      body         {block}.norm1                           blocks/{i}/norm1          norm
+dinov2      body         {block}.layer_scale1.lambda1            blocks/{i}/scale1/gamma   leaf
+dinov2      body         {block}.norm2                           blocks/{i}/norm2          norm
+dinov2      body         {block}.mlp.fc1                         blocks/{i}/mlp/up         dense
+dinov2      body         {block}.mlp.fc2                         blocks/{i}/mlp/down       dense
+dinov2      body         {block}.layer_scale2.lambda1            blocks/{i}/scale2/gamma   leaf
+dinov2      head         classifier                              head                      dense
+bert        body         embeddings.word_embeddings              embed/word                table
+bert        body         embeddings.position_embeddings          embed/position            table
+bert        body         embeddings.token_type_embeddings        embed/type                table
+bert        body         embeddings.LayerNorm                    embed/norm                norm
+bert        body         {block}.attention.self.{a}              blocks/{i}/attention/{a}  dense
+bert        body         {block}.attention.output.dense          blocks/{i}/attention/out  dense
+bert        body         {block}.attention.output.LayerNorm      blocks/{i}/norm1          norm
+bert        body         {block}.output.LayerNorm                blocks/{i}/norm2          norm
+bert        pooler       pooler.dense                            pooler                    dense
+bert        mlm          cls.predictions.transform.dense         mlm/dense                 dense
+bert        mlm          cls.predictions.transform.LayerNorm     mlm/norm                  norm
+bert        mlm          cls.predictions.bias                    mlm/bias                  leaf
+vit,bert    body         {block}.intermediate.dense              blocks/{i}/mlp/up         dense
+vit,bert    body         {block}.output.dense                    blocks/{i}/mlp/down       dense
+vit,bert    head         classifier                              head                      dense
+resnet      body         embedder.embedder.convolution           stem/conv                 conv
+resnet      body         embedder.embedder.normalization         stem/norm                 batchnorm
+resnet      body         {block}.layer.{k}.convolution           blocks/{i}/conv{n}        conv
+resnet      body         {block}.layer.{k}.normalization         blocks/{i}/norm{n}        batchnorm
+resnet      shortcut{i}  {block}.shortcut.convolution            blocks/{i}/shortcut/conv  conv
+resnet      shortcut{i}  {block}.shortcut.normalization          blocks/{i}/shortcut/norm  batchnorm
+resnet      head         classifier.1                            head                      dense
 """
-_VIT = """
-body embeddings.cls_token embed/cls leaf
-body embeddings.position_embeddings embed/pos leaf
-body embeddings.patch_embeddings.projection embed/patch conv+bias
-body layernorm norm norm
-body encoder.layer.{i}.attention.attention.{a} blocks/{i}/attention/{a} dense
-body encoder.layer.{i}.attention.output.dense blocks/{i}/attention/out dense
-"""
-_VIT_NORMS = """
-body encoder.layer.{i}.layernorm_before blocks/{i}/norm1 norm
-body encoder.layer.{i}.layernorm_after blocks/{i}/norm2 norm
-"""
-_DINOV2 = """
-body encoder.layer.{i}.norm1 blocks/{i}/norm1 norm
-body encoder.layer.{i}.layer_scale1.lambda1 blocks/{i}/scale1/gamma leaf
-body encoder.layer.{i}.norm2 blocks/{i}/norm2 norm
-body encoder.layer.{i}.mlp.fc1 blocks/{i}/mlp/up dense
-body encoder.layer.{i}.mlp.fc2 blocks/{i}/mlp/down dense
-body encoder.layer.{i}.layer_scale2.lambda1 blocks/{i}/scale2/gamma leaf
-head classifier head dense
-"""
-_BERT = """
-body embeddings.word_embeddings embed/word table
-body embeddings.position_embeddings embed/position table
-body embeddings.token_type_embeddings embed/type table
-body embeddings.LayerNorm embed/norm norm
-body encoder.layer.{i}.attention.self.{a} blocks/{i}/attention/{a} dense
-body encoder.layer.{i}.attention.output.dense blocks/{i}/attention/out dense
-body encoder.layer.{i}.attention.output.LayerNorm blocks/{i}/norm1 norm
-body encoder.layer.{i}.output.LayerNorm blocks/{i}/norm2 norm
-pooler pooler.dense pooler dense
-mlm cls.predictions.transform.dense mlm/dense dense
-mlm cls.predictions.transform.LayerNorm mlm/norm norm
-mlm cls.predictions.bias mlm/bias leaf
-"""
-_RESNET = """
-body embedder.embedder.convolution stem/conv conv
-body embedder.embedder.normalization stem/norm batchnorm
-head classifier.1 head dense
-"""
-_RESNET_CONV = """
-body {block}.layer.{k}.convolution blocks/{i}/conv{n} conv
-body {block}.layer.{k}.normalization blocks/{i}/norm{n} batchnorm
-"""
-_RESNET_SHORTCUT = """
-body {block}.shortcut.convolution blocks/{i}/shortcut/conv conv
-body {block}.shortcut.normalization blocks/{i}/shortcut/norm batchnorm
-"""
-TABLES = {"vit": _VIT + _VIT_NORMS + _MLP_HEAD, "dinov2": _VIT + _DINOV2, "bert": _BERT + _MLP_HEAD}
 ARCHS = {"vit": "vit", "dinov2": "vit", "bert": "bert", "resnet": "resnet"}
 """Foreign model type -> tljax model."""
 IGNORED = {
@@ -180,28 +166,22 @@ def make_table(kind: str, fields: Mapping[str, Any], prefix: str = "") -> tuple[
 
     `prefix` starts the foreign names of all but heads: "bert." if the model has a head, else "".
     """
-    text = _spell_resnet(**fields) if kind == "resnet" else TABLES[kind]
-    places = product(range(fields.get("depth", 1)), ("query", "key", "value"))
-    rows = dict.fromkeys(row.format(i=i, a=a) for i, a in places for row in text.split("\n") if row)
+    if kind == "resnet":
+        stages = enumerate(fields["stages"])
+        blocks = [f"encoder.stages.{s}.layers.{j}" for s, count in stages for j in range(count)]
+        parts = [{"k": str(k), "n": str(k + 1)} for k in range(3 if fields["bottleneck"] else 2)]
+    else:
+        blocks = [f"encoder.layer.{i}" for i in range(fields["depth"])]
+        parts = [{"a": name} for name in ("query", "key", "value")]
+    rows = [row for row in TABLE.strip().split("\n") if kind in row.split()[0].split(",")]
     found = []
-    for section, foreign, ours, module in map(str.split, rows):
+    for row, (i, block), part in product(rows, enumerate(blocks), parts):
+        _, section, foreign, ours, module = row.format(i=i, block=block, **part).split()
         start = "" if section in ("head", "mlm") else prefix
         for suffix, collection, own, axes in KINDS[module]:
             names = (f"{start}{foreign}{suffix}", f"{collection}/{ours}{own}")
             found.append(Leaf(section, *names, axes))
-    return tuple(found)
-
-
-def _spell_resnet(stages: tuple[int, ...], bottleneck: bool, **_: Any) -> str:
-    text = _RESNET
-    places = [(stage, j) for stage, count in enumerate(stages) for j in range(count)]
-    for i, (stage, j) in enumerate(places):
-        block = f"encoder.stages.{stage}.layers.{j}"
-        if j == 0 and (stage > 0 or bottleneck):  # the width or the stride changes
-            text += _RESNET_SHORTCUT.format(block=block, i=i)
-        for k in range(3 if bottleneck else 2):
-            text += _RESNET_CONV.format(block=block, i=i, k=k, n=k + 1)
-    return text
+    return tuple(dict.fromkeys(found))
 
 
 def to_tljax(

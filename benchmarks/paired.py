@@ -1,0 +1,130 @@
+"""What one choice is worth on real data: both settings over the same seeds, and their difference.
+
+    python benchmarks/paired.py precision                        # bfloat16 compute against float32
+    python benchmarks/paired.py pretraining runs/pretrain-bert   # a masked language model's weights
+                                                                 # against random initialisation
+
+Of two learning rates, each setting gets the better one on validation (seed 0); test is read once a
+seed.  The interval is Student's t over the paired differences.  `pretraining` first compares the
+held-out loss with the entropy of the held-out tokens' own frequencies, below which no model that
+ignores context can go.  Needs the assets that the demo fetches, and `wordnet`.
+"""
+
+import argparse
+import json
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from tljax import demo
+from tljax.build import Experiment, build, open_parts
+from tljax.config import parse
+from tljax.data.sources import Source
+from tljax.inference import open_finished
+from tljax.metrics import mean_interval
+from tljax.source import RESULT
+from tljax.train import compile_step, score
+
+Settings = dict[str, tuple[dict[str, Any], tuple[float, float]]]
+"""name -> (config, the learning rates to choose from)."""
+DINO, MINILM = demo.JOBS
+
+
+def accuracies(config: dict[str, Any], rates: tuple[float, float], seeds: int) -> list[float]:
+    """Return the test accuracy of every seed, at the better rate on validation of seed 0."""
+    parsed = parse(config)
+    experiment = build(parsed, open_parts(parsed))
+    compiled = compile_step(experiment)
+
+    def train(rate: float, seed: int) -> Any:
+        return next(
+            islice(demo.trees(experiment, compiled, rate, seed), parsed.run.steps - 1, None)
+        )
+
+    trees = {rate: train(rate, 0) for rate in rates}
+    validation = {rate: accuracy(experiment, tree, "validation") for rate, tree in trees.items()}
+    best = max(validation, key=lambda rate: validation[rate])
+    others = (train(best, seed) for seed in range(1, seeds))
+    return [accuracy(experiment, tree, "test") for tree in (trees[best], *others)]
+
+
+def accuracy(experiment: Experiment, tree: Any, split: str) -> float:
+    """Return the accuracy of a tree on a split."""
+    return score(experiment, tree, split)["accuracy"]
+
+
+def compare(title: str, settings: Settings, seeds: int) -> None:
+    """Print the accuracies of two settings, the second minus the first with its interval."""
+    found = {name: accuracies(*setting, seeds) for name, setting in settings.items()}
+    for name, values in found.items():
+        each = " ".join(f"{value:.4f}" for value in values)
+        print(f"{title:28} {name:12} mean {np.mean(values):.4f}  seeds {each}", flush=True)
+    first, second = found.values()
+    difference = np.subtract(second, first)
+    low, high = mean_interval(difference)
+    print(f"{title:28} difference   {np.mean(difference):+.4f}  [{low:+.4f}, {high:+.4f}]")
+
+
+def precision(seeds: int) -> None:
+    """Compare compute dtypes on the demo's two jobs; frozen weights are stored in them too."""
+    for title, strategy in ((MINILM, "lora"), (MINILM, "full"), (DINO, "lora")):
+        config = demo.configure(title, strategy, fast=False).model_dump()
+        settings = {
+            dtype: (config | {"precision": {"compute": dtype}}, demo.RATES[strategy])
+            for dtype in ("float32", "bfloat16")
+        }
+        compare(f"{config['weights']} {strategy}", settings, seeds)
+
+
+def unigram_entropy(source: Source, special: list[int]) -> float:
+    """Return the entropy of token frequencies (nats a token), special tokens left out."""
+    rows = source.__getitems__(range(len(source)))
+    counts = np.bincount(np.concatenate([row["input_ids"] for row in rows]))
+    counts[special] = 0
+    return float(stats.entropy(counts))
+
+
+def pretraining(run: Path, seeds: int) -> None:
+    """Compare a masked language model's weights with random ones of the same architecture."""
+    data = open_finished(run).data
+    nll = json.loads((run / RESULT).read_text())["test"]["nll"]
+    entropy = unigram_entropy(data.splits.test, data.tokenizer.special)
+    print(f"held-out loss {nll:.3f} nats a masked token; unigram entropy {entropy:.3f}")
+    for name in ("wordnet", "sentiment/movies"):
+        base = {
+            "data": {"name": name, "labels": 1000, "validation": 500, "length": 32},
+            "weights": str(run),
+            "model": {"pool": "mean"},
+            "optim": {"decay": 0.01, "warmup": 20},
+            "run": {"steps": 200, "batch": 32},
+        }
+        base["data"] |= {"test": "test[:2000]"}
+        settings = {
+            label: (base | {"strategy": {"name": strategy}}, (3e-4, 1e-3))
+            for label, strategy in (("random", "scratch"), ("pretrained", "full"))
+        }
+        compare(name, settings, seeds)
+
+
+def main() -> None:
+    """Read the command line and run."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("choice", choices=("precision", "pretraining"))
+    parser.add_argument("run", nargs="?", type=Path, help="folder of a finished MLM run")
+    parser.add_argument("--seeds", type=int, default=3)
+    arguments = parser.parse_args()
+    if arguments.choice == "precision":
+        precision(arguments.seeds)
+    elif arguments.run is None:
+        parser.error("pretraining needs the folder of a finished MLM run")
+    else:
+        pretraining(arguments.run, arguments.seeds)
+
+
+if __name__ == "__main__":
+    main()
