@@ -17,6 +17,6 @@ def get_config() -> ConfigDict:
             "model": model | {"stem": "small"},
             "strategy": {"name": "scratch"},
             "optim": {"name": "sgd", "lr": 0.1, "decay": 5e-4, "warmup": 200},
-            "run": {"steps": 5000, "batch": 128, "eval_every": 1000, "save_every": 1000},
+            "run": {"steps": 4000, "batch": 128, "eval_every": 1000, "save_every": 1000},
         }
     )

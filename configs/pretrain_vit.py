@@ -10,13 +10,13 @@ from ml_collections import ConfigDict
 
 def get_config() -> ConfigDict:
     """Return the config."""
-    augment = {"flip": True, "crop_scale": (0.7, 1.0), "smoothing": 0.1}
+    augment = {"flip": True, "smoothing": 0.1}
     return ConfigDict(
         {
             "data": {"name": "fashion", "image_size": 28, "augment": augment},
             "model": {"name": "vit", "width": 128, "depth": 6, "heads": 4, "mlp": 384, "patch": 4},
             "strategy": {"name": "scratch"},
-            "optim": {"lr": 1e-3, "decay": 0.1, "warmup": 300},
-            "run": {"steps": 6000, "batch": 256, "eval_every": 1000, "save_every": 1000},
+            "optim": {"lr": 1e-3, "decay": 0.05, "warmup": 300},
+            "run": {"steps": 4500, "batch": 128, "eval_every": 1000, "save_every": 1000},
         }
     )
