@@ -22,6 +22,7 @@ from scipy import stats
 from tljax import demo
 from tljax.build import Experiment, build, open_parts
 from tljax.config import parse
+from tljax.data.pipeline import open_pipeline
 from tljax.data.sources import Source
 from tljax.inference import open_finished
 from tljax.metrics import mean_interval
@@ -89,7 +90,8 @@ def unigram_entropy(source: Source, special: list[int]) -> float:
 
 def pretraining(run: Path, seeds: int) -> None:
     """Compare a masked language model's weights with random ones of the same architecture."""
-    data = open_finished(run).data
+    finished = open_finished(run)
+    data = open_pipeline(finished.config.data, "mlm", seed=finished.config.seed, **finished.reads)
     nll = json.loads((run / RESULT).read_text())["test"]["nll"]
     entropy = unigram_entropy(data.splits.test, data.tokenizer.special)
     print(f"held-out loss {nll:.3f} nats a masked token; unigram entropy {entropy:.3f}")

@@ -377,6 +377,86 @@ def test_prepared_data_with_a_label_of_minus_one_name_the_part(tmp_path, monkeyp
         open_data("tfds:blank", validation=1)
 
 
+def prepare(folder: Path, name: str, features: dict, records: list[dict], held=0.2) -> str:
+    """Prepare records as TFDS does elsewhere; the group of a record is its number."""
+    rows = [(i, 0, record) for i, record in enumerate(records)]
+    Local(name, Material(features, rows, held), folder).download_and_prepare()
+    return f"tfds:{name}"
+
+
+def test_prepared_data_of_other_features_are_read_or_refused(tmp_path, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    text, tags = sources.Text(), sources.ClassLabel(names=["O", "B-x"])
+    records = [{"text": f"word{i} two", "label": ["O", "B-x"]} for i in range(20)]
+    features = {"text": text, "label": sources.tfds.features.Sequence(tags)}
+    name = prepare(tmp_path, "both", features, records)
+    assert open_data(name).info.task == "tag"
+    assert open_data(name, "multilabel").train.labels.shape[1] == 2
+    records[7]["label"] = ["O"]
+    with pytest.raises(BadInput, match=r"example .* has 2 words but 1 tags"):
+        texts(open_data(prepare(tmp_path, "uneven", features, records)).train)
+    named = [{"text": "a", "label": "good"}] * 20
+    with pytest.raises(BadInput, match="expected classes, lists of them, numbers"):
+        open_data(prepare(tmp_path, "named", {"text": text, "label": text}, named))
+    number = sources.tfds.features.Scalar(np.float32)
+    halves = [{"text": "a", "label": np.nan if i == 3 else i / 2} for i in range(20)]
+    with pytest.raises(BadInput, match="has no finite label"):
+        open_data(prepare(tmp_path, "halves", {"text": text, "label": number}, halves))
+
+
+def test_prepared_data_without_a_test_part_have_one_carved_out(tmp_path, monkeypatch):
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path))
+    monkeypatch.setattr(
+        Local,
+        "_split_generators",
+        lambda self, _: {"train": self._generate_examples(set(range(20)))},
+    )
+    features = {"text": sources.Text(), "label": sources.ClassLabel(num_classes=2)}
+    records = [{"text": f"text {i}", "label": i % 2} for i in range(20)]
+    splits = open_data(prepare(tmp_path, "alone", features, records), validation=4)
+    parts = [set(texts(part)) for part in splits[:3]]
+    assert [len(part) for part in parts] == [12, 4, 4] and len(set.union(*parts)) == 20
+    with pytest.raises(BadInput, match="would test on what is trained on"):
+        open_data("tfds:alone", test="train[50%:]")
+
+
+@pytest.mark.parametrize("label", ["", None, {"a": 1}])
+def test_a_label_that_is_none_names_its_row_unless_nothing_reads_it(tmp_path, label):
+    path = tmp_path / "t.jsonl"
+    rows = [{"text": f"text {i}", "label": label if i == 11 else i % 2} for i in range(40)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(BadInput, match=f"{path}, row 12: the label is"):
+        open_data(str(path))
+    assert open_data(str(path), "mlm").info == Info("text")
+
+
+def test_lists_of_labels_may_be_mixed_with_other_forms_but_not_all_empty(tmp_path):
+    path = tmp_path / "t.jsonl"
+    mixed = ["a|b", ["a"], "", 3] * 10
+    path.write_text("".join(json.dumps({"text": "x", "label": one}) + "\n" for one in mixed))
+    splits = open_data(str(path))
+    assert splits.info == Info("text", "multilabel", ("3", "a", "b"))
+    assert sum(part.labels.sum() for part in splits[:3]) == 40
+    path.write_text(json.dumps({"text": "x", "label": []}) + "\n")
+    with pytest.raises(BadInput, match="all of them are empty"):
+        open_data(str(path))
+
+
+def test_a_table_saved_with_a_byte_order_mark_is_read(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text("text,label\n" + "x,1\ny,0\n" * 9, encoding="utf-8-sig")
+    assert open_data(str(path)).info.names == ("0", "1")
+
+
+def test_pictures_of_more_than_8_bits_are_refused(tmp_path):
+    folder(tmp_path, ("train", "test"))
+    path = tmp_path / "train/a/3.png"
+    Image.fromarray(np.full((8, 8), 40_000, np.uint16)).save(path)
+    with pytest.raises(BadInput, match=r"a/3\.png .*I;16, expected 8 bits"):
+        texts_of = open_data(str(tmp_path)).train
+        [texts_of[i] for i in range(len(texts_of))]
+
+
 def test_wrong_inputs_say_what_was_expected(tmp_path, monkeypatch):
     def refuse(message: str, name: str, **options) -> None:
         with pytest.raises(BadInput, match=message):

@@ -71,8 +71,9 @@ def test_edit_replaces_matching_subtrees_only():
     edited = edit(tree, [("b", lambda node: node | {"lora": 3})])
     assert edited == {"a": {"kernel": 1}, "b": {"kernel": 2, "lora": 3}}
     assert tree == {"a": {"kernel": 1}, "b": {"kernel": 2}}
-    with pytest.raises(BadInput, match="nearest"):
+    with pytest.raises(BadInput, match=r"nearest paths: [^,]"):
         edit(tree, [("c", lambda node: node)])
+    assert edit({"a": 1}, [("*", lambda leaf: leaf + 1)]) == {"a": 2}  # not the root itself
 
 
 def test_unread_finds_leaves_that_cannot_affect_the_loss():

@@ -66,8 +66,6 @@ def overrides_of(rest: Sequence[str], verb: str, parser: argparse.ArgumentParser
 
 def run(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
     """Do what the verb says."""
-    # A program that was compiled once starts at once, in this process and in its children.
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache/tljax/jax"))
     # Imported late, so that --help and a misspelt verb answer at once.
     from tljax import inference, train
     from tljax.build import build, precision, read_config
@@ -100,6 +98,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments, rest = parser.parse_known_args(argv)
     overrides = overrides_of(rest, arguments.verb, parser)
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    # A program that was compiled once starts at once; jax reads this when it is imported.
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache/tljax/jax"))
     from tljax.types import BadInput
 
     try:

@@ -102,9 +102,9 @@ class Run(Section):
 class MeshShape(Section):
     """Devices by axis; one may be -1, meaning the rest."""
 
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
+    data: Annotated[int, Field(ge=-1)] = -1
+    fsdp: Annotated[int, Field(ge=-1)] = 1
+    tensor: Annotated[int, Field(ge=-1)] = 1
 
 
 class Precision(Section):

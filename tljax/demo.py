@@ -81,31 +81,35 @@ def parts_of(title: str, fast: bool) -> Any:
 def trees(
     experiment: Experiment, compiled: jax.stages.Compiled, lr: float, seed: int = 0
 ) -> Iterator[Tree]:
-    """Yield the whole tree after every step of a run at one learning rate."""
+    """Begin a run at one learning rate; yields the whole tree after every step."""
     experiment = replace(experiment, data=replace(experiment.data, seed=seed))
     born, frozen = experiment.birth(jax.random.key(seed))
     born = replace(born, opt=with_lr(born.opt, lr))
-    for _, state, _ in advance(experiment, compiled, (born, frozen)):
-        yield join(state.params, state.track, frozen)
+    steps = advance(experiment, compiled, (born, frozen))
+    return (join(state.params, state.track, frozen) for _, state, _ in steps)
+
+
+def after(run: Iterator[Tree], steps: int) -> tuple[Tree, float]:
+    """Go on with a run for some steps; returns its tree and the seconds they took."""
+    began = time.perf_counter()
+    tree = jax.block_until_ready(next(islice(run, steps - 1, None)))
+    return tree, time.perf_counter() - began
 
 
 def cell(title: str, strategy: str, fast: bool) -> dict[str, Any]:
     """Try two learning rates for some steps, let the better on validation go on, and read test."""
-    began = time.perf_counter()
     config = configure(title, strategy, fast)
     experiment = build(config, parts_of(title, fast))
     compiled = compile_step(experiment)
     steps, first = config.run.steps, 2 if fast else TRIAL_STEPS
     runs = {lr: trees(experiment, compiled, lr) for lr in RATES[strategy]}
-    trials = {
-        lr: score(experiment, next(islice(run, first - 1, None)), "validation")["accuracy"]
-        for lr, run in runs.items()
-    }
+    tried = {lr: after(run, first) for lr, run in runs.items()}
+    trials = {lr: score(experiment, t, "validation")["accuracy"] for lr, (t, _) in tried.items()}
     best = max(trials, key=lambda lr: trials[lr])
-    last = next(islice(runs.pop(best), steps - first - 1, None))
+    last, seconds = after(runs[best], steps - first)
     tests = [score(experiment, last, "test")]
     for seed in (1, 2) if strategy in QUICK and not fast else ():
-        last = next(islice(trees(experiment, compiled, best, seed), steps - 1, None))
+        last, _ = after(trees(experiment, compiled, best, seed), steps)
         tests.append(score(experiment, last, "test"))
     state, frozen = experiment.abstract
     values, n = [test["accuracy"] for test in tests], int(tests[0]["n"])
@@ -124,7 +128,7 @@ def cell(title: str, strategy: str, fast: bool) -> dict[str, Any]:
         "trainable": parameters[0],
         "share": parameters[0] / sum(parameters),
         "flops": compiled.cost_analysis()["flops"],
-        "seconds": time.perf_counter() - began,
+        "seconds": tried[best][1] + seconds,
     }
 
 
@@ -166,6 +170,7 @@ def open_jobs(fast: bool) -> Iterator[tuple[str, str]]:
             print(f"left out: {title}: {error}")
     for title in there:
         yield from ((title, strategy) for strategy in RATES)
+    parts_of.cache_clear()  # each worker reads its own
     if len(there) < len(JOBS):
         yield from ((title, "scratch") for title in FALLBACK)
 
@@ -175,13 +180,20 @@ def run(out: Path, fast: bool = False) -> None:
     out.mkdir(parents=True, exist_ok=True)
     cells = list(open_jobs(fast))
     found: dict[tuple[str, str], dict[str, Any]] = {}
+    began = time.perf_counter()
     with workers() as pool:
         waiting = {pool.submit(cell, *one, fast): one for one in cells}
-        for done in as_completed(waiting):
-            title, strategy = waiting[done]
-            found[title, strategy] = row = done.result()
-            accuracy = f"accuracy {row['accuracy']:.3f} in {row['seconds']:.0f} s"
-            print(f"{len(found)}/{len(cells)}  {title}: {strategy}  {accuracy}", flush=True)
+        try:
+            for done in as_completed(waiting):
+                title, strategy = waiting[done]
+                found[title, strategy] = row = done.result()
+                passed = (
+                    f"accuracy {row['accuracy']:.3f}, {time.perf_counter() - began:.0f} s so far"
+                )
+                print(f"{len(found)}/{len(cells)}  {title}: {strategy}  {passed}", flush=True)
+        except BaseException:  # a cell that failed, or Ctrl-C: the others need not begin
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
     results: dict[str, list[dict[str, Any]]] = {}
     for one in cells:
         results.setdefault(one[0], []).append(found[one])
@@ -192,7 +204,7 @@ def run(out: Path, fast: bool = False) -> None:
     plot(results, out / "results.png")
     print(
         "\naccuracy is of the test part, its interval Wilson's; the learning rate is the better of "
-        f"{len(RATES['full'])} on validation; {out / 'results.png'}"
+        f"{len(RATES['full'])} on validation; s: training one seed; {out / 'results.png'}"
     )
 
 

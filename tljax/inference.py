@@ -15,7 +15,7 @@ from tljax import objectives, sharding
 from tljax.build import MODELS, precision
 from tljax.checkpoint import read_tree, write_text
 from tljax.config import Config, parse
-from tljax.data.pipeline import Pipeline, open_pipeline, unlabelled
+from tljax.data.pipeline import Pipeline, open_inputs, open_pipeline, unlabelled
 from tljax.data.sources import PICTURES, TABLES, read_table
 from tljax.evaluate import evaluate
 from tljax.source import read_record
@@ -24,21 +24,18 @@ from tljax.types import BadInput, Batch, Tree
 
 @dataclass(frozen=True)
 class Finished:
-    """A run as its folder tells it: everything a prediction needs."""
+    """A run as its folder tells it: everything a prediction needs; `reads` opens its inputs."""
 
     config: Config
     tree: Tree
     facts: dict[str, Any]
-    data: Pipeline
+    reads: dict[str, Any]
     predict: Callable[[Tree, Batch], dict[str, jax.Array]]
     mesh: Any
 
 
-def open_finished(workdir: Path, data: str | None = None) -> Finished:
-    """Read a run's folder; `data` replaces the data set it was trained on.
-
-    Raises: BadInput if the labels of the other data are not the run's.
-    """
+def open_finished(workdir: Path) -> Finished:
+    """Read a run's folder."""
     record = read_record(workdir)
     facts, config = record["model"], parse(record["config"])
     try:
@@ -46,25 +43,19 @@ def open_finished(workdir: Path, data: str | None = None) -> Finished:
     except BadInput:  # other devices than the run's: data parallel
         mesh, rules = sharding.make_mesh(), ()
     ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    other = {"name": data, "labels": None, "validation": 0.1, "test": "test"}
-    chosen = config.data.model_copy(update=other if data else {})
-    pipeline = open_pipeline(
-        chosen,
-        facts["task"],
-        preprocess=facts["preprocess"],
-        tokenizer=facts["tokenizer"],
-        batch=-(-config.run.batch // ways) * ways,
-        threads=config.run.threads,
-        seed=config.seed,
-    )
-    require_same_kind(pipeline, facts, workdir, chosen.name)
+    reads = {
+        "preprocess": facts["preprocess"],
+        "tokenizer": facts["tokenizer"],
+        "batch": -(-config.run.batch // ways) * ways,
+        "threads": config.run.threads,
+    }
     model = MODELS[facts["name"]](**facts["fields"], dtype=jnp.dtype(config.precision.compute))
     predict = sharding.under(mesh, objectives.make_predict(facts["task"], model))
     jitted = jax.jit(predict, out_shardings=sharding.on(mesh, sharding.REPLICATED))
     tree = read_tree(workdir)
     # Placed as in training, so that sums have the same order and metrics the same last digit.
     tree = jax.device_put(tree, sharding.on(mesh, sharding.specs(tree, mesh, rules)))
-    return Finished(config, tree, facts, pipeline, jitted, mesh)
+    return Finished(config, tree, facts, reads, jitted, mesh)
 
 
 def require_same_kind(pipeline: Pipeline, facts: dict[str, Any], workdir: Path, name: str) -> None:
@@ -82,10 +73,17 @@ def require_same_kind(pipeline: Pipeline, facts: dict[str, Any], workdir: Path, 
 
 
 def evaluate_run(workdir: Path, split: str, data: str | None = None) -> dict[str, float]:
-    """Evaluate a finished run on its own data, or on other data with the same labels."""
-    run = open_finished(workdir, data)
+    """Evaluate a finished run on its own data, or on other data with the same labels.
+
+    Raises: BadInput if the labels of the other data are not the run's.
+    """
+    run = open_finished(workdir)
+    other = {"name": data, "labels": None, "validation": 0.1, "test": "test"}
+    chosen = run.config.data.model_copy(update=other if data else {})
+    pipeline = open_pipeline(chosen, run.facts["task"], seed=run.config.seed, **run.reads)
+    require_same_kind(pipeline, run.facts, workdir, chosen.name)
     with precision(run.config):
-        batches = (sharding.put_batch(batch, run.mesh) for batch in run.data.eval_batches(split))
+        batches = (sharding.put_batch(batch, run.mesh) for batch in pipeline.eval_batches(split))
         return evaluate(run.predict, (run.tree,), batches, run.facts["task"], run.facts["labels"])
 
 
@@ -126,7 +124,7 @@ def find_inputs(paths: Sequence[Path], images: bool, columns: dict[str, str]) ->
 def predictions(run: Finished, rows: Sequence[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Yield what the run says of each input: labels with probabilities, or a number."""
     names, task = run.facts["labels"], run.facts["task"]
-    for batch in unlabelled(run.data, rows):
+    for batch in unlabelled(open_inputs(run.config.data, task, **run.reads), rows):
         output = run.predict(run.tree, sharding.put_batch(batch, run.mesh))
         for number, logits in enumerate(np.asarray(output["logits"])[batch["valid"]]):
             if task == "regress":
@@ -150,7 +148,7 @@ def predict_run(workdir: Path, paths: Sequence[Path], out: Path) -> int:
     run = open_finished(workdir)
     if run.facts["task"] == "mlm":
         raise BadInput(f"the run in {workdir} predicts masked tokens; adapt it to labels first")
-    rows = find_inputs(paths, run.data.tokenizer is None, run.config.data.columns)
+    rows = find_inputs(paths, run.facts["tokenizer"] is None, run.config.data.columns)
     lines = []
     with precision(run.config):
         for row, found in zip(rows, predictions(run, rows), strict=True):

@@ -200,7 +200,7 @@ class Logger:
         from tensorboardX import SummaryWriter
 
         self._active = jax.process_index() == 0
-        self._start = (resumed or 0, time.monotonic())
+        self._total, self._start = total, (resumed or 0, time.monotonic())
         if self._active:
             Path(workdir).mkdir(parents=True, exist_ok=True)
             last = -1 if resumed is None else resumed
@@ -208,10 +208,16 @@ class Logger:
             self._file.seek(0)
             # Steps only grow, so what is kept is a prefix; a line that a kill cut off goes too.
             whole = [line for line in self._file if line.endswith("\n")]
-            self._file.truncate(sum(len(x) for x in whole if json.loads(x)["step"] <= last))
+            kept = [x for x in whole if json.loads(x)["step"] <= last and not self._ends(x)]
+            self._file.truncate(sum(map(len, kept)))
             self._events = SummaryWriter(str(Path(workdir) / "events"), purge_step=last + 1)
             plain, first = not sys.stdout.isatty(), self._start[0]
             self._bar = tqdm(total=total, initial=first, file=sys.stdout, disable=plain)
+
+    def _ends(self, line: str) -> bool:
+        """Tell whether a line is of the evaluation at the end, which a resumed run repeats."""
+        row = json.loads(line)
+        return row["step"] == self._total and any("/" in name for name in row)
 
     def advance(self, step: int) -> None:
         """Move the bar; costs nothing elsewhere."""

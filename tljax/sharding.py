@@ -61,6 +61,8 @@ def specs(tree: Tree, mesh: Mesh, rules: Rules = ()) -> Tree:
         named = [np.atleast_1d(axis or ()) for axis in own]
         if unknown := {str(axis) for axes in named for axis in axes} - set(mesh.shape):
             raise BadInput(f"{path}: the mesh has axes {', '.join(AXES)}, not {min(unknown)}")
+        if len(used := np.concatenate([(), *named])) > len(set(used)):
+            raise BadInput(f"{path}: {own} names an axis of the mesh twice")
         ways = [int(np.prod([mesh.shape[axis] for axis in axes])) for axes in named]
         if len(ways) > leaf.ndim or any(n % w for n, w in zip(leaf.shape, ways, strict=False)):
             raise BadInput(f"{path} {leaf.shape} does not divide over {own} of {dict(mesh.shape)}")

@@ -14,7 +14,6 @@ from tljax.types import BadInput, Tree
 from tljax.weights import Source, open_weights
 
 RECORD, RESULT = "run.json", "result.json"
-FACTS = ("name", "fields", "task", "labels", "preprocess", "tokenizer")  # of the model, there
 
 
 def read_record(workdir: str | Path) -> dict[str, Any]:
@@ -27,16 +26,14 @@ def read_record(workdir: str | Path) -> dict[str, Any]:
         raise BadInput(f"{workdir} is not a run folder: it has no {RECORD}")
     try:
         record = json.loads(path.read_text(encoding="utf8"))
-    except ValueError as error:
-        raise BadInput(f"{path} is not valid JSON: {error}") from None
-    facts = record.get("model", {})
-    absent = [key for key in ("config", "model", "digest") if key not in record]
-    absent += [f"model.{key}" for key in FACTS if key not in facts]
-    if absent:
-        raise BadInput(f"{path} is not the record of a run: it has no {absent[0]!r}")
-    for section in (facts, facts["fields"], facts["preprocess"]):
+        facts = {key: record[key] for key in ("model", "config", "digest")}["model"]
+        sections = facts, facts["fields"], facts["preprocess"]
+        found = {key: facts[key] for key in ("name", "task", "labels", "tokenizer")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise BadInput(f"{path} is not the record of a run: {error!r}") from None
+    for section in sections:
         section.update({k: tuple(v) for k, v in section.items() if isinstance(v, list)})
-    facts["tokenizer"] = path.with_name(facts["tokenizer"]) if facts["tokenizer"] else None
+    facts["tokenizer"] = path.with_name(found["tokenizer"]) if found["tokenizer"] else None
     return dict(record)
 
 

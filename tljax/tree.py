@@ -30,8 +30,8 @@ def _below(path: str, name: Any) -> str:
 
 
 def subtrees(tree: Tree, path: str = "") -> dict[str, Tree]:
-    """Map the path of every subtree and leaf to it; the root's path is empty."""
-    found = {path: tree}
+    """Map the path of every subtree and leaf below the root to it."""
+    found = {path: tree} if path else {}
     for name, child in tree.items() if isinstance(tree, Mapping) else ():
         found |= subtrees(child, _below(path, name))
     return found
@@ -138,7 +138,7 @@ def edit(tree: Tree, rules: Sequence[tuple[str, Callable[[Tree], Tree]]]) -> Tre
 
     def walk(node: Tree, path: str) -> Tree:
         for glob, function in rules:
-            if matches(glob, path):
+            if path and matches(glob, path):
                 return function(node)
         if not isinstance(node, Mapping):
             return node

@@ -19,19 +19,25 @@ from tljax.types import BadInput, Batch
 VOCABULARY_TEXTS = 50_000  # texts that a new WordPiece vocabulary is learnt from
 
 
-@dataclass(frozen=True)
-class Pipeline:
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """How a model's inputs are made, whatever the data."""
+
+    task: str
+    loader: Loader
+    eval_transform: Transform | None
+    tokenizer: Tokenizer | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pipeline(Inputs):
     """Batches of each part of a data set, and what a model must know about them."""
 
     splits: Splits
-    task: str
     seed: int
-    loader: Loader
     train_transform: Transform | None
-    eval_transform: Transform | None
     preprocess: dict[str, Any]
     mix: Transform | None = None
-    tokenizer: Tokenizer | None = None
 
     @property
     def labels(self) -> tuple[str, ...] | None:
@@ -124,14 +130,27 @@ def _texts(data: Data, splits: Splits, vocabulary: Path | None, common: Any) -> 
     )
 
 
-def unlabelled(pipeline: Pipeline, rows: Sequence[dict[str, Any]]) -> Iterator[Batch]:
+def open_inputs(
+    data: Data, task: str, *, preprocess: Mapping[str, Any], tokenizer: Path | None, batch: int,
+    threads: int,
+) -> Inputs:  # fmt: skip
+    """Prepare inputs as a run did, without its data: what a prediction needs."""
+    loader = Loader(batch, threads, jax.process_index(), jax.process_count())
+    if tokenizer is None:
+        transform = TransformImage(data.image_size, Augment(), **preprocess)
+        return Inputs(task=task, loader=loader, eval_transform=transform)
+    known = Tokenizer.from_file(tokenizer, data.length)
+    return Inputs(task=task, loader=loader, eval_transform=None, tokenizer=known)
+
+
+def unlabelled(inputs: Inputs, rows: Sequence[dict[str, Any]]) -> Iterator[Batch]:
     """Yield batches of pictures ({"image": path}) or texts ({"text"}) without labels.
 
     For tag, the label is 0 where a word begins, so that its prediction can be read there.
     """
-    if pipeline.task == "tag":
+    if inputs.task == "tag":
         rows = [row | {"label": [0] * len(row["text"].split())} for row in rows]
     source: Source = Rows(rows)
-    if pipeline.tokenizer is not None:
-        source = encode(source, pipeline.tokenizer)
-    return pipeline.loader.evaluate(source, pipeline.eval_transform)
+    if inputs.tokenizer is not None:
+        source = encode(source, inputs.tokenizer)
+    return inputs.loader.evaluate(source, inputs.eval_transform)

@@ -39,6 +39,7 @@ BUILDERS: dict[str, Callable[[], Material]] = {
 }
 TABLES = (".csv", ".tsv", ".jsonl")
 PICTURES = (".png", ".jpg", ".jpeg")
+WHOLE = 5000  # a folder of up to so many pictures is decoded once to find a damaged one
 
 
 @dataclass(frozen=True)
@@ -136,6 +137,8 @@ class Prepared(Source):
             values["image"] = decode(values["image"], f"image {index} of {self._name}")
         if "label" in values:
             values["label"] = label_row(values["label"], self._info)
+        if self._info.task == "tag":
+            _refuse_uneven(values["text"], values["label"], f"{self._name}, example {index}")
         return values
 
     @cached_property
@@ -189,6 +192,8 @@ def open_data(data: Data, task: str | None = None) -> Splits:
     """
     if strange := sorted(set(data.columns) - {"text", "text_b", "label", "image"}):
         raise BadInput(f"columns has no {strange[0]!r}: expected text, text_b, label or image")
+    if data.test.partition("[")[0] == "train":
+        raise BadInput(f"test={data.test!r} would test on what is trained on; name another part")
     if data.name in BUILDERS or data.name.startswith("tfds:"):
         parts, info = _open_tfds(data, task)
     elif Path(data.name).exists():
@@ -198,15 +203,14 @@ def open_data(data: Data, task: str | None = None) -> Splits:
             f"unknown data {data.name!r}: nearest are {nearest(data.name, BUILDERS, 4)}.\n"
             "Expected one of these, tfds:NAME, or the path of a folder or a file."
         )
+    for part, source in parts.items():
+        if info.task and len(source):
+            _refuse_unlabelled(source, info, f"the {part} part of {data.name!r}")
     if "test" not in parts:
         parts["train"], parts["test"] = _carve(parts["train"], 0.2, seed=0)
     parts["train"], parts["validation"] = _carve(parts["train"], data.validation, data.seed)
-    for part, source in parts.items():
-        where = f"the {part} part of {data.name!r}"
-        if len(source) == 0:
-            raise BadInput(f"{where} is empty: give it at least one example")
-        if info.task and task != "mlm":
-            _refuse_unlabelled(source, info, where)
+    if empty := [part for part, source in parts.items() if len(source) == 0]:
+        raise BadInput(f"the {empty[0]} part of {data.name!r} is empty: give it an example")
     if data.labels:
         parts["train"] = subset(parts["train"], data.labels, data.seed)
     return Splits(**parts, info=info)
@@ -215,11 +219,16 @@ def open_data(data: Data, task: str | None = None) -> Splits:
 def _refuse_unlabelled(source: Source, info: Info, where: str) -> None:
     if "label" not in source[0]:
         raise BadInput(f"{where} has no labels, which task {info.task!r} needs")
-    if info.task == "classify" and (least := source.labels.min()) < 0:
+    labels = source.labels
+    if labels is None:
+        return
+    if info.task == "classify" and (least := labels.min()) < 0:
         raise BadInput(
-            f"{where}: example {source.labels.argmin()} has label {least}, outside its "
+            f"{where}: example {labels.argmin()} has label {least}, outside its "
             f"{len(info.names)} classes (is the part unlabelled?); choose another split"
         )
+    if not np.isfinite(labels).all():
+        raise BadInput(f"{where}: example {np.isfinite(labels).argmin()} has no finite label")
 
 
 def _choose(infos: Sequence[Info], task: str | None, name: str) -> Info:
@@ -229,6 +238,8 @@ def _choose(infos: Sequence[Info], task: str | None, name: str) -> Info:
         able.append("mlm")
     if (task or next(iter(able), None)) not in able:
         raise BadInput(f"task {task!r} does not fit data {name!r}; it can serve {able}")
+    if task == "mlm":
+        return Info("text")
     return next((info for info in infos if info.task == task), infos[0])
 
 
@@ -268,8 +279,12 @@ def _open_tfds(data: Data, task: str | None) -> tuple[dict[str, Source], Info]:
     features = builder.info.features
     keys = _guess_keys(features) | data.columns
     _refuse_missing(data.name, keys, features)
-    info = _choose([_read_info(features, keys)], task, data.name)
+    info = _choose(_read_features(features, keys), task, data.name)
+    if info.task is None:
+        keys.pop("label", None)
     asked = {"train": "train", "test": data.test}
+    if data.test == "test" and "test" not in builder.info.splits:
+        del asked["test"]
     return {part: Prepared(builder, split, keys, info) for part, split in asked.items()}, info
 
 
@@ -283,15 +298,23 @@ def _guess_keys(features: Mapping[str, Any]) -> dict[str, str]:
     return keys | dict(zip(("label",), labels, strict=False))
 
 
-def _read_info(features: Mapping[str, Any], keys: dict[str, str]) -> Info:
+def _read_features(features: Mapping[str, Any], keys: dict[str, str]) -> list[Info]:
+    """List what the label's feature can serve, the likeliest first."""
     kind: Kind = "image" if "image" in keys else "text"
     feature = features[keys["label"]] if "label" in keys else None
+    if feature is None:
+        return [Info(kind)]
     if isinstance(feature, ClassLabel):
-        return Info(kind, "classify", tuple(feature.names))
-    if isinstance(feature, tfds.features.Sequence):
-        task: Task = "multilabel" if kind == "image" else "tag"
-        return Info(kind, task, tuple(feature.feature.names))
-    return Info(kind, "regress" if feature else None)
+        return [Info(kind, "classify", tuple(feature.names))]
+    inner = getattr(feature, "feature", None)
+    if isinstance(inner, ClassLabel):
+        several: list[Task] = ["multilabel"] if kind == "image" else ["tag", "multilabel"]
+        return [Info(kind, one, tuple(inner.names)) for one in several]
+    if feature.shape == () and np.issubdtype(feature.np_dtype, np.number):
+        return [Info(kind, "regress")]
+    raise BadInput(
+        f"label {keys['label']!r} is {feature}: expected classes, lists of them, numbers"
+    )
 
 
 def _refuse_missing(name: str, keys: dict[str, str], present: Mapping[str, Any]) -> None:
@@ -320,6 +343,9 @@ def _open_path(data: Data, task: str | None) -> tuple[dict[str, Source], Info]:
         part: read_table(place, data.columns) if place.is_file() else _read_folder(place)
         for part, place in places.items()
     }
+    for part, (rows, values) in tables.items():
+        read = values is not None and task != "mlm"
+        tables[part] = rows, _read_labels(values, places[part]) if read else None
     info = _choose(_read_infos(*tables["train"]), task, data.name)
     return {
         part: _to_rows(rows, values, info, places[part]) for part, (rows, values) in tables.items()
@@ -333,14 +359,15 @@ def _read_folder(path: Path) -> tuple[list[dict], list[str]]:
             f"no images in {path}: expected <class>/*{{{','.join(PICTURES)}}}, "
             "with or without train/ and test/ above the classes"
         )
-    for file in files:  # the header alone, which is cheap: what is no picture is named at once
-        with opened(file, f"image {file}"):
-            pass
+    for file in files:  # what is no picture is named at once; of many, by the headers alone
+        with opened(file, f"image {file}") as picture:
+            if len(files) <= WHOLE:
+                picture.load()
     return [{"image": file} for file in files], [file.parent.name for file in files]
 
 
 def _parse_table(path: Path) -> list[dict]:
-    with path.open(encoding="utf8", newline="") as stream:
+    with path.open(encoding="utf-8-sig", newline="") as stream:
         if path.suffix != ".jsonl":
             return list(csv.DictReader(stream, delimiter="\t" if path.suffix == ".tsv" else ","))
         rows = [json.loads(line) for line in stream if line.strip()]
@@ -363,22 +390,34 @@ def read_table(path: Path, columns: Mapping[str, str]) -> tuple[list[dict], list
     for number, row in enumerate(table, 1):
         _refuse_missing(str(path), keys, row)
         for our, key in keys.items():
-            if row[key] is None or (our != "label" and not isinstance(row[key], str)):
+            if our != "label" and not isinstance(row[key], str):
                 raise BadInput(f"{path}, row {number}: column {key!r} holds {row[key]!r}, no {our}")
     values = [row[keys["label"]] for row in table] if "label" in keys else None
-    if values and any(isinstance(value, str) and "|" in value for value in values):
-        values = [[part for part in value.split("|") if part] for value in values]
     return [{our: row[key] for our, key in keys.items() if our != "label"} for row in table], values
 
 
+def _read_labels(values: list, place: Path) -> list:
+    """Check the values of a label column; where one of them has a "|", all are lists."""
+    if any(isinstance(value, str) and "|" in value for value in values):
+        cut = lambda text: [part for part in text.split("|") if part]  # noqa: E731
+        values = [cut(value) if isinstance(value, str) else value for value in values]
+    for number, value in enumerate(values, 1):
+        if value == "" or not isinstance(value, str | int | float | list):
+            raise BadInput(f"{place}, row {number}: the label is {value!r}; give it one, or no row")
+    return values
+
+
 def _read_infos(rows: list[dict], values: list | None) -> list[Info]:
-    """List what the training labels can serve, the likeliest first: lists, numbers or classes."""
+    """List what the training labels can serve, the likeliest first."""
     kind: Kind = "image" if "image" in rows[0] else "text"
     if values is None:
         return [Info(kind)]
     names = sorted({str(label) for value in values for label in _listed(value)})
+    if not names:
+        raise BadInput("the training part has lists of labels, and all of them are empty")
     if any(isinstance(value, list) for value in values):
-        return [Info(kind, "multilabel", tuple(names)), Info(kind, "tag", tuple(names))]
+        tasks: list[Task] = ["multilabel", "tag"] if kind == "text" else ["multilabel"]
+        return [Info(kind, one, tuple(names)) for one in tasks]
     try:
         names.sort(key=float)
     except ValueError:  # not all are numbers
@@ -392,6 +431,11 @@ def _listed(value: Any) -> list:
     return value if isinstance(value, list) else [value]
 
 
+def _refuse_uneven(text: str, tags: Sequence[int], where: str | Path) -> None:
+    if len(tags) != (words := len(text.split())):
+        raise BadInput(f"{where} has {words} words but {len(tags)} tags: give one a word")
+
+
 def _to_rows(rows: list[dict], values: list | None, info: Info, place: Path) -> Rows:
     if values is None or info.task is None:
         return Rows(rows)
@@ -399,8 +443,8 @@ def _to_rows(rows: list[dict], values: list | None, info: Info, place: Path) -> 
     for number, (row, value) in enumerate(zip(rows, values, strict=True), 1):
         where = row.get("image", f"{place}, row {number}")
         label = _to_label(value, info, index, where)
-        if info.task == "tag" and len(label) != (words := len(row["text"].split())):
-            raise BadInput(f"{where} has {words} words but {len(label)} tags: give one a word")
+        if info.task == "tag":
+            _refuse_uneven(row["text"], label, where)
         labels.append(label)
     if info.task == "tag":
         return Rows([row | {"label": tags} for row, tags in zip(rows, labels, strict=True)])

@@ -38,7 +38,10 @@ class Tokenizer:
         """Read a tokenizer.json."""
         if not Path(path).is_file():
             raise BadInput(f"no tokenizer at {path}: expected a tokenizer.json")
-        return cls(tokenizers.Tokenizer.from_file(str(path)), max_length)
+        try:
+            return cls(tokenizers.Tokenizer.from_file(str(path)), max_length)
+        except Exception as error:  # the library raises no narrower one
+            raise BadInput(f"{path} cannot be read as a tokenizer: {error}") from error
 
     def save(self, path: str | Path) -> None:
         """Write a tokenizer.json."""

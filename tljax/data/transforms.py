@@ -46,6 +46,8 @@ def decode(data: bytes | Path, name: str) -> Pixels:
     Raises: BadInput that names a corrupt one.
     """
     with opened(data, name) as picture:
+        if picture.mode[0] in "IF":  # Pillow would clip them at 255
+            raise ValueError(f"its pixels are {picture.mode}, expected 8 bits a channel")
         if picture.has_transparency_data:
             page = Image.new("RGBA", picture.size, "white")
             page.alpha_composite(picture.convert("RGBA"))
