@@ -219,6 +219,8 @@ def open_parts(config: Config) -> tuple[Source | None, Pipeline]:
     source = open_source(config.weights) if config.weights else None
     if source and source.arch == "bert" and source.tokenizer is None:
         raise BadInput(f"{config.weights} has no tokenizer.json, so its token ids are unknown")
+    if source and source.arch != "bert" and source.preprocess is None:
+        print(f"{config.weights} has no preprocessor_config.json: ImageNet's mean and std assumed")
     pipeline = open_pipeline(
         config.data,
         config.task,
