@@ -6,9 +6,9 @@
 
 `precision` adapts the demo's two models by LoRA.  `pretraining` first compares the held-out loss
 with the entropy of the held-out tokens' own frequencies, below which no model that ignores context
-can go; then each setting gets the better of two learning rates on validation (seed 0).  Test is read
-once a seed, and the interval is Student's t over the paired differences.  Needs the assets that the
-demo fetches, and `wordnet`.
+can go; then each setting gets the better of two learning rates on validation (seed 0).  Test is
+read once a seed; the interval is Student's t over the paired differences.  Needs the assets that
+the demo fetches, and `wordnet`.
 """
 
 import argparse

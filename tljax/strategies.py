@@ -95,10 +95,16 @@ def probe(tree: Tree, source: tuple[Edit, ...], last_read: str | None) -> Strate
     return Strategy((*source, *_fixed(tree)), _head(tree))
 
 
-def bitfit(tree: Tree, source: tuple[Edit, ...], last_read: str | None) -> Strategy:
-    """Train biases and the head.  Source: Ben Zaken et al. 2021, arXiv 2106.10199."""
+def bitfit(
+    tree: Tree, source: tuple[Edit, ...], last_read: str | None, head_rate: float = 1.0
+) -> Strategy:
+    """Train biases and the head.  Source: Ben Zaken et al. 2021, arXiv 2106.10199.
+
+    head_rate: the head's multiple of the learning rate.
+    """
     biases = [(path, "train") for path in flatten(tree) if path.endswith("/bias")]
-    return Strategy((*source, *_fixed(tree)), (*biases, *_head(tree)))
+    rules = (*biases, *_head(tree))
+    return Strategy((*source, *_fixed(tree)), rules, _faster(tree, head_rate))
 
 
 def blocks_read(tree: Tree, read: str | None) -> list[str]:
@@ -133,10 +139,12 @@ def lora(
     alpha: float = 16.0,
     dropout: float = 0.0,
     targets: tuple[str, ...] = ("params/**/query", "params/**/value"),
+    head_rate: float = 1.0,
 ) -> Strategy:
     """Train low-rank updates of the target kernels, and the head.
 
     Heads, and blocks above the last one read, are not grafted.
+    head_rate: the head's multiple of the learning rate.
     Source: Hu et al. 2021, arXiv 2106.09685.
     """
     below = tuple(f"{block}/" for block in blocks_read(tree, last_read))
@@ -149,7 +157,8 @@ def lora(
         raise BadInput(f"no LoRA target of {targets} lies at or below read={last_read!r}")
     factors = [(f"{path}/lora/{name}", "train") for path in chosen for name in "ab"]
     graft = Graft(tuple(chosen), rank, alpha, dropout)
-    return Strategy((*source, *_fixed(tree), graft), (*factors, *_head(tree)))
+    rules = (*factors, *_head(tree))
+    return Strategy((*source, *_fixed(tree), graft), rules, _faster(tree, head_rate))
 
 
 STRATEGIES: dict[str, Callable[..., Strategy]] = {
