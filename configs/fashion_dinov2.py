@@ -7,8 +7,14 @@ Needs `make assets NAMES="vit fashion"`.
 
 from ml_collections import ConfigDict
 
-RATES = {"scratch": 3e-4, "probe": 1e-2, "bitfit": 3e-3, "last_k": 1e-4, "lora": 3e-3, "full": 3e-5}
-HEAD = {"last_k": {"head_rate": 30.0}, "full": {"head_rate": 100.0}}  # a new head learns faster
+RATES = {"scratch": 1e-3, "probe": 3e-2, "bitfit": 3e-3, "last_k": 1e-4, "lora": 3e-3, "full": 3e-5}
+DENSE = ("query", "key", "value", "out", "up", "down")
+OPTIONS = {  # a new head learns at about 1e-2, as a probe does
+    "bitfit": {"head_rate": 3.0},
+    "lora": {"head_rate": 3.0, "targets": tuple(f"params/**/{name}" for name in DENSE)},
+    "last_k": {"head_rate": 100.0},
+    "full": {"head_rate": 100.0},
+}
 
 
 def get_config(strategy: str = "probe") -> ConfigDict:
@@ -18,8 +24,8 @@ def get_config(strategy: str = "probe") -> ConfigDict:
             "data": {"name": "fashion", "labels": 1000, "validation": 2000, "image_size": 98},
             "weights": "dinov2-vits14",
             "model": {"read": "blocks/5", "pool": "cls+mean"},
-            "strategy": {"name": strategy} | HEAD.get(strategy, {}),
-            "optim": {"lr": RATES.get(strategy, 1e-3), "decay": 0.05, "warmup": 10},
-            "run": {"steps": 100, "batch": 32, "eval_every": 50},
+            "strategy": {"name": strategy} | OPTIONS.get(strategy, {}),
+            "optim": {"lr": RATES.get(strategy, 1e-3), "decay": 0.01, "warmup": 6},
+            "run": {"steps": 62, "batch": 16, "eval_every": 31},
         }
     )
