@@ -7,7 +7,7 @@ Needs `make assets NAMES="vit fashion"`.
 
 from ml_collections import ConfigDict
 
-RATES = {"scratch": 1e-3, "probe": 3e-2, "bitfit": 3e-3, "last_k": 1e-4, "lora": 3e-3, "full": 3e-5}
+RATES = {"scratch": 1e-3, "probe": 3e-2, "bitfit": 3e-3, "last_k": 1e-4, "lora": 1e-3, "full": 3e-5}
 DENSE = ("query", "key", "value", "out", "up", "down")
 OPTIONS = {  # a new head learns at about 1e-2, as a probe does
     "bitfit": {"head_rate": 3.0},

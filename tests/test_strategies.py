@@ -124,6 +124,13 @@ def test_lora_trains_query_and_value_of_every_block_and_the_head():
     assert having(run, "freeze") == set(flatten(abstract_tree(VIT, IMAGES))) - head | frozen
 
 
+@pytest.mark.parametrize("name", ["bitfit", "last_k", "lora", "full"])
+def test_a_new_head_may_learn_faster_than_the_rest(name):
+    groups = STRATEGIES[name](abstract_tree(VIT, IMAGES), (), None, head_rate=3.0).groups
+    assert {glob: group.lr for glob, group in groups} == {"params/head/**": 3.0}
+    assert STRATEGIES[name](abstract_tree(VIT, IMAGES), (), None).groups == ()
+
+
 def test_lora_grafts_nothing_above_read():
     run = assemble(dataclasses.replace(VIT, read="blocks/1"), IMAGES, "lora", options={"rank": 2})
     grafted = {path.split("/")[2] for path in having(run, "train") if "/lora/" in path}
