@@ -2,7 +2,9 @@
 
     tljax train --config=configs/pretrain_bert.py --workdir=runs/pretrain-bert
 
-Needs `make assets NAMES="brown gcide fortunes wordnet"`.
+Needs `make assets NAMES="brown gcide fortunes wordnet"`.  Measured: held-out loss 3.77 nats a
+masked token after 4,000 steps (unigram entropy of the same text: 6.44), about 65 minutes of one CPU
+core.  What it is worth: `python benchmarks/paired.py pretraining runs/pretrain-bert`.
 """
 
 from ml_collections import ConfigDict
