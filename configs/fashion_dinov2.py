@@ -2,7 +2,7 @@
 
     tljax train --config=configs/fashion_dinov2.py:lora --workdir=runs/fashion-lora
 
-Needs `make assets NAMES="vit fashion"`.
+Needs `make assets NAMES="vit fashion"`.  `make demo` measures these settings: see the README.
 """
 
 from ml_collections import ConfigDict
