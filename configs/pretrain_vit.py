@@ -2,7 +2,8 @@
 
     tljax train --config=configs/pretrain_vit.py --workdir=runs/pretrain-vit
 
-Needs `make assets NAMES=fashion`.
+Needs `make assets NAMES=fashion`.  Measured so far: validation accuracy .870 after 2,000 of the
+4,500 steps (.7 s a step on one CPU core); its end is not measured yet.
 """
 
 from ml_collections import ConfigDict
