@@ -204,8 +204,10 @@ def run(out: Path, fast: bool = False) -> None:
                 found[title, strategy] = row = done.result()
                 passed = f"accuracy {row['accuracy']:.3f}, {time.perf_counter() - began:.0f} s"
                 print(f"{len(found)}/{len(cells)}  {title}: {strategy}  {passed}", flush=True)
-        except BaseException:  # a cell that failed, or Ctrl-C: the others need not begin
+        except BaseException:  # a cell that failed, or Ctrl-C: nothing waits for the others
             pool.shutdown(wait=False, cancel_futures=True)
+            for process in multiprocessing.active_children():
+                process.terminate()
             raise
     results: dict[str, list[dict[str, Any]]] = {}
     for one in cells:
