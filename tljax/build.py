@@ -288,7 +288,7 @@ def build(config: Config, parts: tuple[Source | None, Pipeline] | None = None) -
         step=make_step(objective, tx, config.seed, shardings, config.run.microbatches),
         predict=jax.jit(predict, out_shardings=shardings.scalar),
         report=report if loads else None,
-        digest=source.digest if source else "",
+        digest=source.digest() if source else "",
     )
 
 

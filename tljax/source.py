@@ -1,6 +1,7 @@
 """Where a run starts from: named weights, a Hugging Face folder, or a finished run."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def open_run(workdir: str | Path) -> Source:
         preprocess=facts["preprocess"],
         tokenizer=facts["tokenizer"],
         labels=facts["labels"],
-        digest=digest_of(tree),
+        digest=partial(digest_of, tree),
         ignored={},
     )
 

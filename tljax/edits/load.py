@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from tljax.tree import flatten, label, nearest, unflatten
@@ -66,7 +67,15 @@ class Report(NamedTuple):
 def load(
     source: Tree, target: Tree, *, fresh: Rules = (), adapted: Rules = (), ignored: Rules = ()
 ) -> tuple[Edit, Report]:
-    """Match pretrained leaves to those of an abstract tree, strictly, by path.
+    """Match pretrained leaves as `match` does, and read them into an edit."""
+    values, report = match(source, target, fresh=fresh, adapted=adapted, ignored=ignored)
+    return Load({path: np.asarray(leaf) for path, leaf in values.items()}), report
+
+
+def match(
+    source: Tree, target: Tree, *, fresh: Rules = (), adapted: Rules = (), ignored: Rules = ()
+) -> tuple[dict[str, Any], Report]:
+    """Match pretrained leaves to those of an abstract tree, strictly, by path; none is read.
 
     `fresh`: (glob, why) of target leaves that keep their initial values.  `adapted`: (glob, how) of
     those that the model changes as it reads them.  `ignored`: (glob, why) of source leaves to leave
@@ -104,4 +113,4 @@ def load(
     rows = [Row(path, *status[path]) for path in wanted]
     rows += [Row(path, "ignored", why[path]) for path in given if path not in values]
     used = sum(leaf.size for leaf in values.values()) / sum(leaf.size for leaf in given.values())
-    return Load(values), Report(tuple(rows), used)
+    return values, Report(tuple(rows), used)

