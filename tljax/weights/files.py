@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from tljax.types import BadInput
 
 MAX_HEADER, MAX_JSON = 4 << 20, 16 << 20  # bytes; ViT-L's header has 60 kB
-MAX_TENSORS = 20_000
+MAX_TENSORS, MAX_NAME = 20_000, 500
 MAX_RATIO = 50  # unpacked : packed bytes of an .npz
 DTYPES: Mapping[str, Any] = {
     "F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16,
@@ -59,6 +59,14 @@ def held(array: np.ndarray) -> Tensor:
     return Tensor(array.shape, array.dtype, lambda: array)
 
 
+def empty_aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """Allocate an array that starts at a multiple of 64 bytes: XLA on a CPU uses it in place."""
+    size = prod(shape) * np.dtype(dtype).itemsize
+    buffer = np.empty(size + 64, np.uint8)
+    start = -buffer.ctypes.data % 64
+    return buffer[start : start + size].view(dtype).reshape(shape)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; a file that is not there is an empty one.
 
@@ -94,10 +102,12 @@ def open_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             if len(start) < 8 or length > MAX_HEADER:
                 raise ValueError(f"its header would have {length:,} bytes, at most {MAX_HEADER:,}")
             header = json.loads(file.read(length), object_pairs_hook=_refuse_twice)
-        if len(header) > MAX_TENSORS:
-            raise ValueError(f"it lists {len(header):,} tensors, at most {MAX_TENSORS:,}")
         with safe_open(path, framework="numpy"):
             pass
+        if len(header) > MAX_TENSORS or max(map(len, header), default=0) > MAX_NAME:
+            raise ValueError(
+                f"it lists over {MAX_TENSORS:,} tensors, or names over {MAX_NAME} long"
+            )
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise BadInput(f"{path} is damaged ({error}): copy or download it again") from None
     metadata = header.pop("__metadata__", {})
@@ -113,10 +123,15 @@ def _in_file(path: Path, name: str, entry: Mapping[str, Any], start: int) -> Ten
     dtype, offset = np.dtype(DTYPES[kind]), start + entry["data_offsets"][0]
 
     def read() -> np.ndarray:
-        found = np.fromfile(path, dtype, prod(shape), offset=offset)
-        if found.size < prod(shape):
-            raise BadInput(f"{path} became shorter while it was read: copy it again")
-        return found.reshape(shape)
+        found = empty_aligned(shape, dtype)
+        left = memoryview(found.reshape(-1).view(np.uint8))
+        with open(path, "rb", buffering=0) as file:
+            file.seek(offset)
+            while left:
+                if not (count := file.readinto(left)):
+                    raise BadInput(f"{path} became shorter while it was read: copy it again")
+                left = left[count:]
+        return found
 
     return Tensor(shape, dtype, read)
 
@@ -130,8 +145,13 @@ def open_npz(path: Path) -> dict[str, Tensor]:
     try:
         with zipfile.ZipFile(path) as archive:
             infos = archive.infolist()
-            if len(infos) > MAX_TENSORS:
-                raise ValueError(f"it lists {len(infos):,} arrays, at most {MAX_TENSORS:,}")
+            if (
+                len(infos) > MAX_TENSORS
+                or max((len(i.filename) for i in infos), default=0) > MAX_NAME
+            ):
+                raise ValueError(
+                    f"it lists over {MAX_TENSORS:,} arrays, or names over {MAX_NAME} long"
+                )
             if (size := sum(i.file_size for i in infos)) > MAX_RATIO * path.stat().st_size:
                 raise ValueError(f"it would unpack to {size:,} bytes")
             return {i.filename.removesuffix(".npy"): _member(path, archive, i) for i in infos}
