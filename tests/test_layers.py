@@ -137,10 +137,14 @@ def test_lora_dropout_differentiates_with_the_same_mask():
 
 @pytest.mark.parametrize(
     ("size", "stride", "padding"),
-    [(1, 1, 0), (1, 2, 0), (3, 1, 1), (3, 2, 1), (3, 1, 0), (4, 4, 0), (3, 3, 1), (7, 2, 3)],
+    [
+        *[(1, 1, 0), (1, 2, 0), (3, 1, 1), (3, 2, 1), (3, 1, 0), (4, 4, 0), (3, 3, 1), (7, 2, 3)],
+        *[((2, 5), (2, 5), 0), ((3, 2), (1, 2), 1)],
+    ],
 )
 def test_convolution_as_matmul_equals_xla_with_gradients(size, stride, padding):
-    x, kernel = normal(2, 11, 10, 3), normal(size, size, 3, 4, seed=1)
+    size, stride = layers.pair(size), layers.pair(stride)
+    x, kernel = normal(2, 11, 10, 3), normal(*size, 3, 4, seed=1)
 
     def both(convolve):
         y, pull = jax.vjp(lambda x, k: convolve(x, k, stride, padding), x, kernel)
@@ -161,7 +165,7 @@ def test_conv_standardizes_every_filter():
     variables = start(conv, x)
     kernel = np.asarray(variables["params"]["kernel"])
     kernel = (kernel - kernel.mean((0, 1, 2))) / np.sqrt(kernel.var((0, 1, 2)) + 1e-10)
-    near(conv.apply(variables, x), layers.conv_by_xla(x, jnp.array(kernel), 1, 1), 1e-5)
+    near(conv.apply(variables, x), layers.conv_by_xla(x, jnp.array(kernel), (1, 1), 1), 1e-5)
 
 
 # Norms

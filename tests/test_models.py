@@ -9,7 +9,7 @@ import pytest
 
 from tljax.models.bert import Bert
 from tljax.models.resnet import ResNet
-from tljax.models.vit import ViT, cubic_matrix, resample
+from tljax.models.vit import RESAMPLERS, ViT, resample
 from tljax.tree import flatten, unflatten
 from tljax.types import BadInput
 
@@ -249,12 +249,12 @@ def test_cubic_matrix_equals_torch(before, after):
 
     identity = torch.eye(before)[None, :, None, :]  # resample each row along the last axis
     expected = torch.nn.functional.interpolate(identity, size=(1, after), mode="bicubic")
-    close(cubic_matrix(before, after), expected[0, :, 0].T, 1e-6)
+    close(RESAMPLERS["bicubic"](before, after), expected[0, :, 0].T, 1e-6)
 
 
 def test_resampling_to_the_same_grid_changes_nothing():
     table = jnp.array(images(1, 13, 2))
-    assert resample(table, (3, 4), (3, 4)) is table
+    assert resample(table, (3, 4), (3, 4), "bicubic", 1) is table
 
 
 def bert_config():
