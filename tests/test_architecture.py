@@ -137,7 +137,8 @@ def test_step_and_state_know_only_trees(name):
 @pytest.mark.parametrize("path", sorted((PACKAGE / "models").glob("*.py")), ids=by_path)
 def test_models_know_layers_and_never_each_other(path):
     assert own_imports(path) <= {"layers", "types"}
-    assert not any(name.startswith("tljax.models") for name in imports(path))
+    table = path.name == "__init__.py"  # the names of the models: it alone knows all of them
+    assert table or not any(name.startswith("tljax.models") for name in imports(path))
 
 
 def test_edits_know_no_model_and_config_knows_no_machinery():
