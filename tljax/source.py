@@ -66,6 +66,9 @@ def open_run(workdir: str | Path) -> Source:
         labels=facts["labels"],
         digest=partial(digest_of, tree),
         ignored={},
+        format="run",
+        kind="",
+        config={},
     )
 
 

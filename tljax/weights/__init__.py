@@ -1,4 +1,4 @@
-"""Pretrained weights by name or folder, as a tljax tree with every foreign tensor accounted for."""
+"""Pretrained weights by name or path, as a tree with every foreign tensor accounted for."""
 
 import os
 import sysconfig
@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from tljax.tree import nearest
-from tljax.types import BadInput
-from tljax.weights.files import Tensor, held, open_safetensors, read_json, start_digest
-from tljax.weights.hf import ARCHS, HF, read_fields
+from tljax.types import BadInput, Tree
+from tljax.weights import folder
+from tljax.weights.files import Tensors, held, read_json, start_digest
+from tljax.weights.hf import ARCHS, HF, format_in, prefix_in, unread
+from tljax.weights.hf_config import choose_tower, read_fields, read_labels
 from tljax.weights.onnx import read_onnx
 from tljax.weights.table import Source, to_tljax
 
@@ -20,73 +22,133 @@ NAMES = {
 """Name -> asset, and the file in the asset's folder or in site-packages."""
 DINOV2: Mapping[str, Any] = {
     "model_type": "dinov2", "hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6,
-    "mlp_ratio": 4, "layer_norm_eps": 1e-6, "hidden_act": "gelu", "layerscale_value": 1.0,
     "image_size": 518, "patch_size": 14,
 }  # fmt: skip
 IMAGENET: Mapping[str, Any] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
-def open_weights(name_or_path: str | Path) -> Source:
-    """Open an asset by name, or a Hugging Face folder.
+def open_weights(name_or_path: str | Path, tower: str | None = None) -> Source:
+    """Open an asset by name, a file or folder by path, or a repository of the Hugging Face hub.
 
-    Raises: BadInput for a name or folder that is not there, and for one that is not understood.
+    tower: "vision" or "text", of a CLIP that holds both.
+    Raises: BadInput for what is not there, and for what is not understood.
     """
     path = _find(str(name_or_path))
-    origin, digest = str(path), start_digest(path)
+    if path.suffix in folder.PICKLES:
+        folder.refuse_pickle(path)
     if path.suffix == ".onnx":
-        config, preprocess = DINOV2, IMAGENET
-        arrays, left = read_onnx(path.read_bytes(), origin)
-        state: Mapping[str, Tensor] = {name: held(array) for name, array in arrays.items()}
-    else:
-        config = read_json(path.with_name("config.json"))
-        preprocess = _read_preprocess(path.with_name("preprocessor_config.json"))
-        (state, _), left = open_safetensors(path), {}
-    fields = read_fields(config, str(path.with_name("config.json")))
-    kind = config["model_type"]
-    prefix = f"{kind}." if any(name.startswith(f"{kind}.") for name in state) else ""
-    tree, ignored = to_tljax(state, HF.spell(kind, fields, prefix), HF, origin)
-    has_pooler = "pooler" in tree["params"]
-    fields |= {"pooler": has_pooler} if kind == "bert" else {}
-    if "head" in tree["params"] and (kind == "dinov2" or has_pooler):
-        fields["pool"] = "cls+mean" if kind == "dinov2" else "pooler"  # what the head reads
-    labels, tokenizer = config.get("id2label"), path.with_name("tokenizer.json")
+        return _open_onnx(path)
+    if path.suffix == ".npz":  # here: return tljax.weights.npz.open_npz_weights(path)
+        raise BadInput(f"{path}: .npz files cannot be read yet")
+    inside = path if path.is_dir() else path.parent
+    if path.is_dir() and (inside / folder.ADAPTER).is_file():
+        raise BadInput(f"{path} is an adapter, which needs its base model: not supported yet")
+    config = read_json(inside / "config.json")
+    if "model_type" not in config and ("architecture" in config or path.suffix == ".safetensors"):
+        # here: return tljax.weights.timm.open_timm(path)
+        raise BadInput(f"{path} has no config.json of transformers; timm files cannot be read yet")
+    if not config:
+        names = ", ".join(sorted(file.name for file in inside.iterdir())[:8]) or "nothing"
+        raise BadInput(
+            f"{path} has no config.json; it holds: {names}\n"
+            "expected a Hugging Face folder: config.json and model.safetensors"
+        )
+    files = (path,) if path.is_file() else folder.weights_files(path)
+    return _open_hf(files, config, tower)
+
+
+def _open_hf(files: tuple[Path, ...], config: Mapping[str, Any], tower: str | None) -> Source:
+    inside = files[0].parent
+    origin, digest = str(inside / "config.json"), start_digest(*files)
+    own = choose_tower(config, tower, origin)
+    fields, state = read_fields(own, origin), folder.read_files(files)
+    aside = unread(own["model_type"], state)
+    state = {name: tensor for name, tensor in state.items() if name not in aside}
+    tree, fields, ignored = _read(state, own, fields, str(files[0]))
+    tied = own.get("tie_word_embeddings", True) or "mlm" not in tree["params"]
+    if not tied and not ignored.keys() & HF.tied.keys():
+        raise BadInput(f"{origin}: tie_word_embeddings=False, but {files[0]} has no decoder")
+    head, tokenizer = tree["params"].get("head"), inside / "tokenizer.json"
     return Source(
-        arch=ARCHS[kind],
+        arch=ARCHS[own["model_type"]],
         fields=fields,
         tree=tree,
-        preprocess=preprocess,
+        preprocess=_read_preprocess(inside / "preprocessor_config.json"),
         tokenizer=tokenizer if tokenizer.exists() else None,
-        labels=tuple(labels[i] for i in sorted(labels, key=int)) if labels else None,
+        labels=read_labels(own, head["kernel"].shape[-1] if head else None, origin),
         digest=digest,
-        ignored=left | ignored,
+        ignored=aside | ignored,
+        format="hf",
+        kind=own["model_type"],
+        config=config,
     )
 
 
+def _open_onnx(path: Path) -> Source:
+    digest = start_digest(path)
+    arrays, left = read_onnx(path.read_bytes(), str(path))
+    state = {name: held(array) for name, array in arrays.items()}
+    tree, fields, ignored = _read(state, DINOV2, read_fields(DINOV2, str(path)), str(path))
+    return Source(
+        arch="vit",
+        fields=fields,
+        tree=tree,
+        preprocess=IMAGENET,
+        tokenizer=None,
+        labels=None,
+        digest=digest,
+        ignored=left | ignored,
+        format="onnx",
+        kind="dinov2",
+        config=DINOV2,
+    )
+
+
+def _read(
+    state: Tensors, config: Mapping[str, Any], fields: Mapping[str, Any], origin: str
+) -> tuple[Tree, dict[str, Any], dict[str, str]]:
+    """Name and lay out the tensors; add to the fields what only the file tells."""
+    kind, form = config["model_type"], format_in(state)
+    leaves = form.spell(kind, fields, prefix_in(kind, state))
+    tree, ignored = to_tljax(state, leaves, form, origin)
+    params = tree["params"]
+    told: dict[str, Any] = {}
+    if "projection" in fields and "projection" not in params:
+        told["projection"] = None
+    if ARCHS[kind] == "bert":
+        told["pooler"] = "pooler" in params
+        tagger = "ForTokenClassification" in str(config.get("architectures"))
+        told["tokens"] = "head" in params and (tagger or not told["pooler"])
+        told |= {"pool": "pooler"} if "head" in params and not told["tokens"] else {}
+    elif "pooler" in params:
+        told["pooler"] = params["pooler"]["kernel"].shape[-1]
+    if "head" in params and kind.startswith("dinov2"):
+        told["pool"] = "cls+mean"
+    told |= {"distilled_head": True} if "head_dist" in params else {}
+    return tree, {**fields, **told}, ignored
+
+
 def _find(name: str) -> Path:
-    """Return the weights file that a name or a folder means."""
+    """Return the file or folder that a name means."""
     if name in NAMES:
         asset, inside = NAMES[name]
-        folder = Path(os.environ.get("TLJAX_ASSETS", "assets"), asset)
-        for place in (folder, Path(sysconfig.get_path("purelib"))):
-            if (place / inside).exists():
-                return place / inside
+        place = Path(os.environ.get("TLJAX_ASSETS", "assets"), asset)
+        for root in (place, Path(sysconfig.get_path("purelib"))):
+            if (root / inside).exists():
+                return root / inside
         raise BadInput(
-            f"the weights {name!r} are not on this machine: {folder / inside} does not exist\n"
+            f"the weights {name!r} are not on this machine: {place / inside} does not exist\n"
             f"fetch them with: make assets NAMES={asset} (or set TLJAX_ASSETS to where they are)"
         )
-    if not Path(name).is_dir():
-        raise BadInput(
-            f"no weights {name!r}: neither a folder nor one of the names {', '.join(NAMES)}"
-            f" (nearest: {nearest(name, NAMES, 1)})"
-        )
-    files = sorted(path.name for path in Path(name).iterdir())
-    for wanted in ("config.json", "model.safetensors"):
-        if wanted not in files:
-            raise BadInput(
-                f"{name} has no {wanted}; it holds: {', '.join(files[:8]) or 'nothing'}\n"
-                "expected a Hugging Face folder: config.json and one model.safetensors"
-            )
-    return Path(name, "model.safetensors")
+    path = Path(name)
+    if path.is_dir() or path.is_file():
+        return path
+    if folder.is_hub_name(name):
+        return folder.fetch(name)
+    raise BadInput(
+        f"no weights {name!r}: neither a file or folder nor one of the names {', '.join(NAMES)}"
+        f" (nearest: {nearest(name, NAMES, 1)})"
+    )
 
 
 def _read_preprocess(path: Path) -> Mapping[str, Any] | None:

@@ -1,9 +1,11 @@
 """Foreign names and layouts as tables, read in both directions.
 
 A row of a format: kinds of model, section, foreign module, tljax module, kind of module.  Section
-`body` must be there, whole; of any other section all or nothing.  {block} is the foreign name of
+`body` must be there, whole; of any other section all or nothing, and one that lies within another
+that is there gives way to it.  {block} is the foreign name of
 a block (`Format.blocks`) and {i} its number with us.  A row with {a} repeats for query, key and
-value; where the foreign name has no {a}, the one foreign tensor holds all of them in this order.
+value ({q} is its first letter); where the foreign name has neither, the one foreign tensor holds
+all of them in this order.
 A row with {k}, {n} or {c} repeats for every convolution of a block: {k} counts from 0, {n} from 1,
 {c} a, b, c.
 """
@@ -31,7 +33,7 @@ Modules = Mapping[str, tuple[tuple[str, str, str, str | None], ...]]
 class Source:
     """Pretrained variables (arrays, or tensors not read yet) and what is needed to use them."""
 
-    arch: str  # "vit", "bert" or "resnet"
+    arch: str  # "vit", "bert", "resnet" or "clip_text"
     fields: Mapping[str, Any]  # arguments of the model's class, without its heads
     tree: Tree
     preprocess: Mapping[str, Any] | None  # mean and std (of 0..1) of images
@@ -39,6 +41,9 @@ class Source:
     labels: tuple[str, ...] | None
     digest: Callable[[], str]  # SHA-256 of the weights file, computed in the background
     ignored: Mapping[str, str]  # foreign tensor -> why it was left out
+    format: str  # "hf", "onnx", "timm", "npz" or "run"
+    kind: str  # the foreign type of model, as the format's rows name it; "" for a run
+    config: Mapping[str, Any]  # the foreign configuration as it was read
 
 
 class Leaf(NamedTuple):
@@ -89,7 +94,7 @@ class Format:
         return tuple(_number_parts(list(found.values())))
 
 
-HEADS = ("head", "mlm")
+HEADS = ("head", "teacher", "sequence", "mlm", "projection")
 """Sections whose foreign names take no prefix."""
 
 
@@ -104,9 +109,10 @@ def _blocks(fields: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 def _parts(fields: Mapping[str, Any]) -> list[dict[str, Any]]:
     if "stages" not in fields:
-        return [{"a": name, "k": 0, "n": 1, "c": "a"} for name in ("query", "key", "value")]
+        names = ("query", "key", "value")
+        return [{"a": name, "q": name[0], "k": 0, "n": 1, "c": "a"} for name in names]
     count = 3 if fields["bottleneck"] else 2
-    return [{"a": "", "k": k, "n": k + 1, "c": "abc"[k]} for k in range(count)]
+    return [{"a": "", "q": "", "k": k, "n": k + 1, "c": "abc"[k]} for k in range(count)]
 
 
 def _number_parts(leaves: list[Leaf]) -> Iterator[Leaf]:
@@ -208,7 +214,7 @@ def _laid_out(tensor: Tensor, leaf: Leaf, count: int, origin: str) -> Tensor:
 def _account(origin: str, given: Any, leaves: tuple[Leaf, ...], side: str) -> list[Leaf]:
     """Return the leaves of the sections that are there; raise unless `given` is just these."""
     names = {leaf: getattr(leaf, side) for leaf in leaves}
-    sections = {"body"} | {leaf.section for leaf, name in names.items() if name in given}
+    sections = _sections(names, set(given))
     present = [leaf for leaf in leaves if leaf.section in sections]
     wanted = {names[leaf] for leaf in present}
     lines = [
@@ -223,6 +229,17 @@ def _account(origin: str, given: Any, leaves: tuple[Leaf, ...], side: str) -> li
         lines.append("the weights and their configuration must be of one model")
         raise BadInput("\n".join([f"{origin}: these are not the tensors of the format", *lines]))
     return present
+
+
+def _sections(names: Mapping[Leaf, str], given: set[str]) -> set[str]:
+    """Choose the sections that are there, whole ones before those that something is missing of."""
+    members: dict[str, set[str]] = {"body": set()}
+    for leaf, name in names.items():
+        members.setdefault(leaf.section, set()).add(name)
+    whole = {section: own for section, own in members.items() if own <= given}
+    chosen = {"body"} | {s for s, own in whole.items() if not any(own < x for x in whole.values())}
+    told = set().union(*(members[section] for section in chosen))
+    return chosen | {section for section, own in members.items() if (own & given) - told}
 
 
 def _reason(name: str, state: Tensors, form: Format, origin: str) -> str | None:
