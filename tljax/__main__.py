@@ -11,6 +11,7 @@ EXAMPLES = """examples:
   tljax train --config=configs/fashion_dinov2.py:lora --workdir=runs/lora --config.optim.lr=1e-3
   tljax eval runs/lora --data=fashion
   tljax predict runs/lora photos/ --out=preds.jsonl
+  tljax export runs/lora exported --to=hf --merge
 """
 
 
@@ -45,6 +46,15 @@ def make_parser() -> argparse.ArgumentParser:
     predict.add_argument("workdir", type=Path, help="folder of the run")
     predict.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="files or folders")
     predict.add_argument("--out", type=Path, default=Path("preds.jsonl"), help="JSONL to write")
+    export = add("export", "write a run or other weights for transformers, timm, PEFT or big_vision")
+    export.add_argument("source", help="a run, or whatever tljax.load takes")
+    export.add_argument("folder", type=Path, help="a new folder")
+    export.add_argument("--to", default="hf", help="hf, timm, npz or peft (default: hf)")
+    export.add_argument("--merge", action="store_true", help="fold LoRA into the kernels")
+    export.add_argument("--dtype", help="of the file: float32, bfloat16, float16; as the source")
+    export.add_argument("--naming", default="5", help="peft: for transformers 5 or 4")
+    export.add_argument("--base", help="peft: name or folder of the base model for the adapter")
+    export.add_argument("--tower", help="of a CLIP: vision or text")
     demo = add("demo", "adapt real weights to real data by every strategy, and compare")
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of results")
     demo.add_argument("--fast", action="store_true", help="a quick check, not a result")
@@ -86,6 +96,14 @@ def run(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
     elif arguments.verb == "predict":
         count = inference.predict_run(arguments.workdir, arguments.paths, arguments.out)
         print(f"{count} predictions in {arguments.out}")
+    elif arguments.verb == "export":
+        from tljax import exporter, pretrained
+
+        pre = pretrained.load(arguments.source, tower=arguments.tower)
+        print(f"{pre.origin}: {pre.report.totals()}; {pre.verified}")
+        names = ("to", "merge", "dtype", "naming", "base")
+        options = {name: getattr(arguments, name) for name in names}
+        print(f"{exporter.export(pre, arguments.folder, **options)}: read again, same outputs")
     else:
         from tljax import demo
 

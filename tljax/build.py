@@ -25,7 +25,7 @@ from tljax.data.pipeline import Pipeline, open_pipeline
 from tljax.edits.load import Report, load
 from tljax.layers import choose, pair
 from tljax.models import MODELS, ViT
-from tljax.source import open_source
+from tljax.source import merged, open_source
 from tljax.state import Roles, State, apply_edits, assign_roles, make_birth, optimizer_specs
 from tljax.step import Shardings, make_step
 from tljax.strategies import STRATEGIES, Average, Strategy
@@ -219,7 +219,7 @@ def adaptations(model: nn.Module, image_size: int) -> Rules:
 
 def open_parts(config: Config) -> tuple[Source | None, Pipeline]:
     """Open the weights and the data of a config, which several experiments may share."""
-    source = open_source(config.weights) if config.weights else None
+    source = merged(open_source(config.weights)) if config.weights else None
     if source and source.arch == "bert" and source.tokenizer is None:
         raise BadInput(f"{config.weights} has no tokenizer.json, so its token ids are unknown")
     if source and source.arch != "bert" and source.preprocess is None:

@@ -1,16 +1,18 @@
 """Where a run starts from: named weights, a Hugging Face folder, or a finished run."""
 
 import json
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from tljax.checkpoint import digest_of, read_tree
 from tljax.edits.lora import merge
-from tljax.tree import join
+from tljax.tree import flatten, join, map_with_path
 from tljax.types import BadInput, Tree
 from tljax.weights import Source, open_weights
 
@@ -39,22 +41,23 @@ def read_record(workdir: str | Path) -> dict[str, Any]:
 
 
 def plain(tree: Tree) -> Tree:
-    """Reduce a trained tree to a model's own variables, for another run to start from.
+    """Reduce a trained tree to a model's own variables, and what is grafted onto them, in float32.
 
-    Averages take the place of parameters, LoRA is folded into its kernels, and fixed statistics
-    are statistics again: `{params, ema, fixed_stats}  ->  {params, batch_stats}`.
+    Averages take the place of parameters, and fixed statistics are statistics again:
+    `{params, ema, fixed_stats}  ->  {params, batch_stats}`.
     """
-    # In float32, whatever the run computed in: a fold into bfloat16 rounds small updates away.
-    params = join(tree.get("ema"), tree)["params"]
-    params = merge(jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params))
+    params = map_with_path(
+        lambda _, x: np.asarray(x, np.float32), join(tree.get("ema"), tree)["params"]
+    )
     statistics = tree.get("fixed_stats") or tree.get("batch_stats")
-    return {"params": jax.device_get(params)} | ({"batch_stats": statistics} if statistics else {})
+    return {"params": params} | ({"batch_stats": statistics} if statistics else {})
 
 
 def open_run(workdir: str | Path) -> Source:
     """Open a finished run as a source of weights, with its preprocessing and labels."""
-    facts = read_record(workdir)["model"]
-    if not (Path(workdir) / RESULT).is_file():
+    record = read_record(workdir)
+    facts, result = record["model"], Path(workdir) / RESULT
+    if not result.is_file():
         raise BadInput(f"the run in {workdir} is not finished: go on with it first")
     tree = plain(read_tree(workdir))
     return Source(
@@ -68,10 +71,26 @@ def open_run(workdir: str | Path) -> Source:
         ignored={},
         format="run",
         kind="",
-        config={},
+        config=record | {"result": json.loads(result.read_text(encoding="utf8"))},
+        origin=str(workdir),
     )
 
 
-def open_source(name: str) -> Source:
-    """Open weights by name or path; a folder with a run record is a finished run."""
-    return open_run(name) if (Path(name) / RECORD).is_file() else open_weights(name)
+def open_source(name: str, tower: str | None = None) -> Source:
+    """Open weights by name or path; a folder with a run record is a finished run.
+
+    What is grafted onto the weights, such as LoRA, stays beside them.
+    """
+    return open_run(name) if (Path(name) / RECORD).is_file() else open_weights(name, tower)
+
+
+def merged(source: Source) -> Source:
+    """Fold what is grafted onto a source into its kernels, for a run to start from.
+
+    In float32, whatever a run computed in: a fold into bfloat16 rounds small updates away.
+    """
+    if not any("/lora/" in path for path in flatten(source.tree)):
+        return source
+    read = map_with_path(lambda _, leaf: jnp.asarray(np.asarray(leaf), jnp.float32), source.tree)
+    tree = jax.device_get(read | {"params": merge(read["params"])})
+    return replace(source, tree=tree, digest=partial(digest_of, tree))

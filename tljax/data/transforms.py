@@ -169,11 +169,15 @@ class Preprocess:
             return height, width
         return ASPECTS[self.aspect](height, width, *self.resize)
 
-    def at(self, size: int) -> Self:
-        """Adapt to a square `size`: the shorter side in the source's ratio of resize to size."""
+    def at(self, size: int | tuple[int, int]) -> Self:
+        """Adapt to another size, a square's side or (h, w): in the source's ratio of the cut."""
         own = (self.resize,) if isinstance(self.resize, int) else self.resize
-        shorter = round(size * min(own) / min(self.size)) if own and self.size else size
-        return replace(self, size=(size, size), resize=shorter, aspect="stretch")
+        ratio = min(own) / min(self.size) if own and self.size else 1.0
+        if isinstance(size, int):
+            shorter = round(size * ratio)
+            return replace(self, size=(size, size), resize=shorter, aspect="stretch")
+        sides = round(size[0] * ratio), round(size[1] * ratio)
+        return replace(self, size=size, resize=sides, aspect="cover")
 
 
 def _numbers(values: Any, count: int) -> bool:

@@ -13,6 +13,7 @@ from tljax.weights.files import Tensors, held, read_json, start_digest
 from tljax.weights.hf import ARCHS, HF, format_in, prefix_in, unread
 from tljax.weights.hf_config import choose_tower, read_fields, read_labels
 from tljax.weights.onnx import read_onnx
+from tljax.weights.preprocess import from_hf
 from tljax.weights.table import Source, to_tljax
 
 NAMES = {
@@ -73,14 +74,15 @@ def _open_hf(files: tuple[Path, ...], config: Mapping[str, Any], tower: str | No
         arch=ARCHS[own["model_type"]],
         fields=fields,
         tree=tree,
-        preprocess=_read_preprocess(inside / "preprocessor_config.json"),
+        preprocess=_read_preprocess(inside / "preprocessor_config.json", own["model_type"]),
         tokenizer=tokenizer if tokenizer.exists() else None,
         labels=read_labels(own, head["kernel"].shape[-1] if head else None, origin),
         digest=digest,
         ignored=aside | ignored,
         format="hf",
         kind=own["model_type"],
-        config=config,
+        config=own,
+        origin=str(files[0]),
     )
 
 
@@ -101,6 +103,7 @@ def _open_onnx(path: Path) -> Source:
         format="onnx",
         kind="dinov2",
         config=DINOV2,
+        origin=str(path),
     )
 
 
@@ -151,9 +154,6 @@ def _find(name: str) -> Path:
     )
 
 
-def _read_preprocess(path: Path) -> Mapping[str, Any] | None:
+def _read_preprocess(path: Path, kind: str) -> Mapping[str, Any] | None:
     config = read_json(path)
-    try:
-        return {k: tuple(config[f"image_{k}"]) for k in ("mean", "std")} if config else None
-    except (KeyError, TypeError) as error:
-        raise BadInput(f"{path}: no or no usable value for {error}") from None
+    return from_hf(config, str(path), kind) if config else None

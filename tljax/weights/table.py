@@ -43,7 +43,9 @@ class Source:
     ignored: Mapping[str, str]  # foreign tensor -> why it was left out
     format: str  # "hf", "onnx", "timm", "npz" or "run"
     kind: str  # the foreign type of model, as the format's rows name it; "" for a run
-    config: Mapping[str, Any]  # the foreign configuration as it was read
+    config: Mapping[str, Any]  # the foreign configuration as it was read; of a run its record
+    origin: str  # the file, or the folder of a run
+    assumed: tuple[str, ...] = ()  # what neither the tensors nor a configuration say
 
 
 class Leaf(NamedTuple):

@@ -1,0 +1,190 @@
+"""`tljax export`: a trained or loaded model as other libraries read it, with proof."""
+
+import hashlib
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import safetensors.numpy
+
+from tljax.card import make_card
+from tljax.checkpoint import write_json, write_text
+from tljax.edits.lora import merge as fold
+from tljax.layers import choose
+from tljax.pretrained import FIXTURE, NOTE, Pretrained, close, example_inputs, load, outputs
+from tljax.tree import flatten, map_with_path
+from tljax.types import BadInput, Tree
+from tljax.weights import hf, npz, peft, timm
+from tljax.weights.files import DTYPES
+from tljax.weights.preprocess import to_hf, to_timm
+from tljax.weights.table import to_foreign
+
+NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a format wants on disk: tensors of one file, JSON documents, words for the card."""
+
+    tensors: Mapping[str, np.ndarray]
+    weights: str
+    documents: Mapping[str, Any] = field(default_factory=dict)
+    use: Mapping[str, str] = field(default_factory=dict)
+
+
+def export(
+    pre: Pretrained,
+    folder: str | Path,
+    to: str = "hf",
+    *,
+    merge: bool = False,
+    dtype: str | None = None,
+    naming: str = "5",
+    base: str | None = None,
+) -> Path:
+    """Write a model to a new folder, open it again, and compare what the two compute.
+
+    to: "hf" (transformers), "timm", "npz" (big_vision) or "peft" (the LoRA alone).  merge: fold
+    LoRA into the kernels, in float32; the error of casting the sum to `dtype` goes to the card.
+    dtype: of the file, by default the source's.  naming: the major version of transformers whose
+    module names a PEFT adapter uses.  base: where the adapter's base model is.
+
+    Raises: BadInput if the folder is not empty or the format has no place for the model.
+    """
+    writer = choose(WRITERS, to, "to")
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise BadInput(f"{folder} is there already: name a new folder")
+    tree, notes = prepare(pre, to, merge, kind := file_dtype(pre, dtype))
+    written = writer(pre, tree, naming, base)
+    with whole(folder) as place:
+        write_weights(place / written.weights, written.tensors, kind)
+        for name, document in written.documents.items():
+            write_json(place / name, document)
+        if pre.tokenizer:
+            pre.tokenizer.save(place / "tokenizer.json")
+        digest = hashlib.sha256((place / written.weights).read_bytes()).hexdigest()
+        write_json(place / NOTE, {"digest": digest, "exported": to})
+        parameters = sum(leaf.size for leaf in flatten(tree["params"]).values())
+        text = make_card(folder.name, to, parameters, pre.record, notes, **written.use)
+        write_text(place / "README.md", text)
+        prove(replace(pre, variables=tree), place, written)
+    return folder
+
+
+def file_dtype(pre: Pretrained, name: str | None) -> Any:
+    """Return the type of the file's numbers: as asked, else the source's if it has but one."""
+    if name:
+        return DTYPES[NAMES[choose({n: n for n in NAMES}, name, "dtype")]]
+    kinds = {np.dtype(leaf.dtype) for leaf in flatten(pre.source.tree).values()}
+    return kinds.pop() if len(kinds) == 1 else np.float32
+
+
+def prepare(pre: Pretrained, to: str, merge: bool, kind: Any) -> tuple[Tree, list[str]]:
+    """Return the tree to write, rounded to the file's type, and what rounding a fold cost.
+
+    Raises: BadInput for a LoRA that the format cannot hold, or none where it is wanted.
+    """
+    grafted = any("/lora/" in path for path in flatten(pre.variables))
+    if to == "peft" and (merge or not grafted):
+        raise BadInput("--to=peft writes a LoRA: " + ("leave --merge out" if grafted else "none"))
+    if to != "peft" and grafted and not merge:
+        raise BadInput(f"--to={to} has no place for LoRA: fold it with --merge, or --to=peft")
+    tree = fold(pre.variables) if merge else pre.variables
+    rounded = map_with_path(lambda _, x: np.asarray(x).astype(kind).astype(np.float32), tree)
+    return rounded, fold_errors(pre.variables, tree, rounded, np.dtype(kind).name) if merge else []
+
+
+def fold_errors(before: Tree, exact: Tree, rounded: Tree, name: str) -> list[str]:
+    """Say how much of every LoRA's update is lost where its sum with the kernel is rounded."""
+    old, new, cast = flatten(before), flatten(exact), flatten(rounded)
+    lost = {}
+    for path in (p.removesuffix("/lora/a") for p in old if p.endswith("/lora/a")):
+        kernel = f"{path}/kernel"
+        update = np.linalg.norm(new[kernel] - old[kernel])
+        lost[path] = float(np.linalg.norm(cast[kernel] - new[kernel]) / max(update, 1e-30))
+    if not lost:
+        return []
+    worst = max(lost, key=lambda path: lost[path])
+    return [
+        f"LoRA folded into {len(lost)} kernels in float32; rounding the sums to {name} changes the "
+        f"updates by {np.mean([*lost.values()]):.2%} of their norm in the mean, {lost[worst]:.2%} "
+        f"at most ({worst})"
+    ]
+
+
+@contextmanager
+def whole(folder: Path) -> Iterator[Path]:
+    """Give a temporary folder beside; it takes the folder's place when all went well."""
+    place = folder.with_name(f"{folder.name}.tmp")
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir(parents=True)
+    try:
+        yield place
+        if folder.exists():
+            folder.rmdir()  # it is empty
+        place.rename(folder)
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def write_weights(path: Path, tensors: Mapping[str, np.ndarray], kind: Any) -> None:
+    """Write the tensors in the file's type."""
+    cast = {name: np.ascontiguousarray(x).astype(kind) for name, x in tensors.items()}
+    if path.suffix == ".npz":
+        np.savez(path, **cast)
+    else:
+        safetensors.numpy.save_file(cast, path, metadata={"format": "pt"})
+
+
+def prove(pre: Pretrained, place: Path, written: Written) -> None:
+    """Write inputs with their outputs beside the weights, and compare what the folder gives.
+
+    Raises: BadInput if the folder, opened again, gives something else.
+    """
+    inputs = fixture_inputs(pre)
+    expected = outputs(pre, inputs)
+    safetensors.numpy.save_file(inputs | expected, place / FIXTURE)
+    found = outputs(load(place / written.weights), inputs)
+    for name, value in expected.items():
+        if name in found and not close(found[name], value):
+            raise BadInput(f"the exported folder gives other {name}: nothing was written")
+
+
+def fixture_inputs(pre: Pretrained) -> dict[str, np.ndarray]:
+    """Draw two small inputs, the same ones every time."""
+    rng = np.random.default_rng(0)
+    (like,) = example_inputs(pre.model)
+    if like.ndim == 4:
+        return {"images": rng.normal(size=(2, *like.shape[1:])).astype(np.float32)}
+    length = min(16, pre.model.positions - 2)
+    ids = rng.integers(3, pre.model.vocab, (2, length)).astype(np.int32)
+    ids[:, -1] = getattr(pre.model, "eot", None) or ids[:, -1]
+    mask = (np.arange(length) < [[length], [length - 2]]).astype(np.int32)
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def fields_of(pre: Pretrained) -> dict[str, Any]:
+    """Return the fields of a model's class, as its source and configs spell them."""
+    left = ("parent", "name", "dtype", "read")
+    if pre.model.read is not None:
+        raise BadInput(f"a model that is read at {pre.model.read} is no whole model elsewhere")
+    names = [name for name in pre.model.__dataclass_fields__ if name not in left]
+    return {name: getattr(pre.model, name) for name in names}
+
+
+def to_hf_folder(pre: Pretrained, tree: Tree, naming: str, base: str | None) -> Written:
+    """Lay a model out as transformers' save_pretrained does."""
+    fields, arch = fields_of(pre), pre.source.arch
+    kind = pre.source.kind if pre.source.kind in hf.ARCHS else kind_of(arch, fields)
+    file = hf.file_of(kind, fields)
+    tensors = to_foreign(tree, file.leaves, fields) | hf.fillers(kind, file.leaves, tree)
+    documents = {"config.json": to_config(arch, fields, pre.labels, kind)}
+    if pre.preprocess:
+        documents["preprocessor_config.json"] = to_hf(asdict(pre.preprocess))
+    return Written(tensors, "model.safetensors", documents, {"auto": file.cls})
