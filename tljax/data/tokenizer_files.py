@@ -33,7 +33,7 @@ def refusing(what: str) -> Iterator[None]:
     """Turn whatever the tokenizers library raises into a BadInput that says what it was about."""
     try:
         yield
-    except (BadInput, KeyboardInterrupt, SystemExit):
+    except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # a panic in Rust is no Exception
         raise BadInput(f"{what}: {str(error) or type(error).__name__}") from error
@@ -51,8 +51,9 @@ def read_tokenizer(path: Path) -> Files:
         if config.get(side, "right") != "right":
             raise BadInput(f"{folder}: {side} is {config[side]!r}, tljax has 'right' only")
     if file.is_file():
+        text = _read_text(file)
         with refusing(f"{file} cannot be read as a tokenizer"):
-            inner = tokenizers.Tokenizer.from_str(_read_text(file))
+            inner = tokenizers.Tokenizer.from_str(text)
     elif path.is_dir():
         inner, config = _build(folder, config)
     else:
