@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from tljax.build import check_options
+from tljax.models import MODELS
 from tljax.models.bert import Bert
 from tljax.models.clip import ClipText
 from tljax.models.resnet import ResNet
@@ -144,10 +146,10 @@ TIMM = [
 TIMM_RESNET = [
     *[(f"conv1.{i}.", f"stem.{name}.") for i, name in ((0, "conv1"), (1, "norm1"))],
     *[(f"conv1.{i}.", f"stem.{name}.") for i, name in ((3, "conv2"), (4, "norm2"), (6, "conv"))],
-    *[(f"{name}.downsample.1", f"{name}.shortcut.conv") for name in ("layer1.0", "layer2.0")],
-    *[(f"{name}.downsample.2", f"{name}.shortcut.norm") for name in ("layer1.0", "layer2.0")],
-    *[(f"layer{block + 1}.0.bn", f"blocks.{block}.norm") for block in (0, 1)],
-    *[(f"layer{block + 1}.0.", f"blocks.{block}.") for block in (0, 1)],
+    *[(f"layer{block + 1}.0.downsample.1", f"blocks.{block}.shortcut.conv") for block in range(4)],
+    *[(f"layer{block + 1}.0.downsample.2", f"blocks.{block}.shortcut.norm") for block in range(4)],
+    *[(f"layer{block + 1}.0.bn", f"blocks.{block}.norm") for block in range(4)],
+    *[(f"layer{block + 1}.0.", f"blocks.{block}.") for block in range(4)],
     ("bn1", "stem.norm"),
     ("fc.", "head."),
 ]
@@ -753,11 +755,11 @@ def test_clip_vision_equals_transformers_at_another_image_size(norm_pooled):
     agree(model, weights(reference, names), [jnp.array(x)], reference, theirs, names)
 
 
-def resnets(bottleneck, config=None, **fields):
+def resnets(bottleneck, stages=(1, 2, 1), config=None, **fields):
     from transformers import ResNetConfig, ResNetForImageClassification
 
-    stages, growth = (1, 2, 1), 4 if bottleneck else 1
-    sizes = {"hidden_sizes": [8 * growth, 16 * growth, 32 * growth]} | (config or {})
+    growth = 4 if bottleneck else 1
+    sizes = {"hidden_sizes": [8 * growth * 2**i for i in range(len(stages))]} | (config or {})
     config = ResNetConfig(
         embedding_size=8, depths=list(stages),
         layer_type="bottleneck" if bottleneck else "basic", num_labels=5, **sizes,
@@ -807,14 +809,14 @@ def test_resnet_equals_transformers(bottleneck, training):
         (True, {"downsample_in_bottleneck": True}, {"stride_first": True}),
         (True, {"downsample_in_first_stage": True}, {"downsample_first": True}),
         (False, {"downsample_in_first_stage": True}, {"downsample_first": True}),
-        (True, {"hidden_sizes": [16, 40, 48]}, {"widths": (16, 40, 48)}),
-        (False, {"hidden_sizes": [8, 24, 24]}, {"widths": (8, 24, 24)}),
+        (True, {"hidden_sizes": [16, 40]}, {"widths": (16, 40)}),
+        (False, {"hidden_sizes": [8, 24]}, {"widths": (8, 24)}),
     ],
+    ids=["v1", "first_stage", "basic_first_stage", "widths", "basic_widths"],
 )
-@pytest.mark.parametrize("size", [(37, 45)])
-def test_resnet_variants_equal_transformers(bottleneck, config, fields, size):
-    model, reference, names = resnets(bottleneck, config, **fields)
-    x = images(2, *size, 3)
+def test_resnet_variants_equal_transformers(bottleneck, config, fields):
+    model, reference, names = resnets(bottleneck, (1, 1), config, **fields)
+    x = images(2, 37, 45, 3)
     reference = randomise_off_kinks(reference.eval(), to_torch(x))
     features = reference.resnet(to_torch(x))
     tokens = features.last_hidden_state.permute(0, 2, 3, 1).flatten(1, 2)
@@ -823,17 +825,16 @@ def test_resnet_variants_equal_transformers(bottleneck, config, fields, size):
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("size", [(37, 45), (64, 52)])
-def test_resnet_d_equals_timm(timm, size):
+def test_resnet_d_equals_timm(timm):
     fields = {"stem_type": "deep", "stem_width": 4, "avg_down": True, "num_classes": 5}
-    reference = timm.models.resnet.ResNet(
-        timm.models.resnet.Bottleneck, [1, 1], channels=[8, 16], **fields
-    )
-    x = images(2, *size, 3)
+    channels, block = (4, 4, 8, 8), timm.models.resnet.Bottleneck
+    reference = timm.models.resnet.ResNet(block, (1, 1, 1, 1), channels=channels, **fields)
+    x = images(2, 37, 45, 3)  # the later shortcuts average maps of 10 x 12 and 5 x 6
     reference = randomise_off_kinks(reference.eval(), to_torch(x))
     tokens = reference.forward_features(to_torch(x)).permute(0, 2, 3, 1).flatten(1, 2)
     theirs = {"tokens": tokens, "logits": reference(to_torch(x))}
-    model = ResNet(stages=(1, 1), width=8, stem="deep", shortcut="avg", num_classes=5)
+    fields = {"width": 8, "widths": tuple(4 * count for count in channels), "num_classes": 5}
+    model = ResNet(stages=(1, 1, 1, 1), **fields, stem="deep", shortcut="avg")
     names = by(TIMM_RESNET)
     agree(model, weights(reference, names), [jnp.array(x)], reference, theirs, names)
 
@@ -901,15 +902,20 @@ def test_bit_equals_torch():
 
 # Rules that every model keeps
 
-KINDS = ["vit", "bert", "resnet", "bit"]
+KINDS = ["vit", "wide", "bert", "resnet", "bit"]
+WIDE = {
+    **{"distilled": True, "registers": 2, "embed_norm": True, "qk_norm": 1e-6, "pool": "map"},
+    **{"norm_pooled": True, "pooler": 8, "projection": 6, "distilled_head": True},
+}
 
 
 def build(kind, **fields):
     """Return a small model and its inputs."""
-    if kind == "vit":
-        return ViT(**IMAGE, **fields), [jnp.array(images(2, 16, 16, 3))]
-    if kind == "bert":
-        return Bert(**TEXT, **fields), ours_text()
+    if kind in ("vit", "wide"):
+        wide = WIDE if kind == "wide" else {}
+        return ViT(**IMAGE | wide | fields), [jnp.array(images(2, 16, 16, 3))]
+    if kind in ("bert", "clip_text"):
+        return {"bert": Bert, "clip_text": ClipText}[kind](**TEXT | fields), ours_text()
     norm = "batch" if kind == "resnet" else "group"
     fields = {"stages": (1, 1), "width": 8, "norm": norm, "stem": "small"} | fields
     return ResNet(**fields), [jnp.array(images(2, 12, 12, 3))]
@@ -929,25 +935,19 @@ def start(model, inputs, seed=0):
     return variables | {"params": jax.tree.map(move, variables["params"])}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [*KINDS, "clip_text"])
 def test_reading_a_block_equals_the_model_without_the_blocks_above(kind):
     shallow = {"stages": (1,)} if kind in ("resnet", "bit") else {"depth": 1}
-    whole, inputs = build(kind, read="blocks/0", num_classes=3)
+    head = {} if kind == "clip_text" else {"num_classes": 3}
+    whole, inputs = build(kind, read="blocks/0", **head)
     variables = start(whole, inputs)
     assert "1" in variables["params"]["blocks"]
-    fields = (IMAGE if kind == "vit" else TEXT if kind == "bert" else {}) | shallow
-    if kind == "vit":
-        cut = ViT(**fields, num_classes=3)
-    elif kind == "bert":
-        cut = Bert(**fields, num_classes=3)
-    else:
-        cut, _ = build(kind, **shallow, num_classes=3)
-    ours, expected = apply(whole, variables, inputs), None
+    ours = apply(whole, variables, inputs)
     if kind == "bit":  # without blocks above, BiT's final norm applies: compare before it
         assert variables["params"]["norm"]["scale"].shape == (64,)
         assert ours.tokens.shape == (2, 144, 32)
         return
-    expected = apply(cut, variables, inputs)
+    expected = apply(build(kind, **shallow, **head)[0], variables, inputs)
     for name in ("tokens", "pooled", "logits"):
         np.testing.assert_array_equal(getattr(ours, name), getattr(expected, name))
 
@@ -978,7 +978,7 @@ def test_bfloat16_runs_and_stays_near_float32(kind):
         assert difference.mean() < 0.05 * np.abs(getattr(expected, name)).max()
 
 
-@pytest.mark.parametrize("kind", ["vit", "bert"])
+@pytest.mark.parametrize("kind", ["vit", "bert", "clip_text"])
 @pytest.mark.parametrize("field", ["dropout", "drop_path"])
 def test_dropout_is_on_only_with_its_rng(kind, field):
     model, inputs = build(kind, **{field: 0.5})
@@ -1050,6 +1050,13 @@ def test_the_exact_gelu_is_not_the_tanh_one():
         ("bert", {"pool": "pooler", "activation": "Gelu"}, "gelu"),
         ("resnet", {"norm": "groups"}, "group"),
         ("resnet", {"stem": "imagnet"}, "imagenet"),
+        ("resnet", {"shortcut": "average"}, "avg"),
+        ("resnet", {"widths": (8,)}, "stages"),
+        ("bit", {"stem": "deep"}, "imagenet"),
+        ("vit", {"resample": "bicubic_aa"}, "bicubic_antialias"),
+        ("vit", {"class_token": False}, "mean"),
+        ("vit", {"distilled_head": True, "num_classes": 3}, "distilled=True"),
+        ("bert", {"pool": "pooler", "pooler_activation": "tan"}, "tanh"),
     ],
 )
 def test_a_wrong_field_is_answered_with_the_right_name(kind, fields, named):
@@ -1063,6 +1070,118 @@ def test_inputs_that_do_not_fit_are_refused():
         ViT(**IMAGE).init(jax.random.key(0), jnp.zeros((1, 18, 16, 3)))
     with pytest.raises(BadInput, match="24 positions"):
         Bert(**TEXT).init(jax.random.key(0), jnp.zeros((1, 25), jnp.int32))
+    with pytest.raises(BadInput, match="22 positions"):
+        Bert(**TEXT, pad=1).init(jax.random.key(0), jnp.zeros((1, 23), jnp.int32))
+    with pytest.raises(BadInput, match="24 positions"):
+        ClipText(**TEXT).init(jax.random.key(0), jnp.zeros((1, 25), jnp.int32))
+
+
+def leaves(kind, **fields):
+    """Return the shapes of a model's leaves outside its blocks, and those of its first block."""
+    model, inputs = build(kind, **fields)
+    found = flatten(jax.eval_shape(model.init, jax.random.key(0), *inputs))
+    names = {path.removeprefix("params/"): leaf.shape for path, leaf in found.items()}
+    return {path: shape for path, shape in names.items() if not path.startswith("blocks/1/")}
+
+
+@pytest.mark.parametrize(
+    ("kind", "fields", "added", "dropped"),
+    [
+        (
+            *("vit", {"class_token": False, "pool": "mean"}),
+            *({"embed/pos": (1, 16, 16)}, {"embed/cls"}),
+        ),
+        ("vit", {"distilled": True}, {"embed/dist": (1, 1, 16), "embed/pos": (1, 18, 16)}, {}),
+        ("vit", {"prefix_positions": False}, {"embed/pos": (1, 16, 16)}, {}),
+        ("vit", {"registers": 3}, {"embed/registers": (1, 3, 16)}, {}),
+        ("vit", {"patch": (2, 8)}, {"embed/patch/kernel": (2, 8, 3, 16)}, {}),
+        ("vit", {"patch_bias": False}, {}, {"embed/patch/bias"}),
+        ("vit", {"embed_norm": True}, {f"embed/norm/{x}": (16,) for x in ("scale", "bias")}, {}),
+        (
+            *("vit", {"qk_norm": 1e-6}),
+            {
+                f"blocks/0/attention/norm_{x}/{leaf}": (8,)
+                for x in ("query", "key")
+                for leaf in ("scale", "bias")
+            },
+            {},
+        ),
+        (
+            *("vit", {"qkv_bias": False}, {}),
+            {f"blocks/0/attention/{x}/bias" for x in ("query", "key", "value")},
+        ),
+        ("vit", {"norm_pooled": True, "pool": "cls+mean"}, {}, {}),
+        ("vit", {"pooler": 6}, {"pooler/kernel": (16, 6), "pooler/bias": (6,)}, {}),
+        ("vit", {"projection": 6}, {"projection/kernel": (16, 6)}, {}),
+        ("bert", {"types": 0}, {}, {"embed/type/embedding"}),
+        ("bert", {"pad": 1, "pooler_activation": "relu"}, {}, {}),
+    ],
+)
+def test_a_field_adds_its_own_leaves_and_no_other(kind, fields, added, dropped):
+    plain = leaves(kind)
+    kept = {path: shape for path, shape in plain.items() if path not in dropped}
+    assert plain.keys() >= set(dropped)
+    assert leaves(kind, **fields) == kept | added
+
+
+def test_what_a_file_may_hold_has_its_place_and_is_not_read():
+    model, inputs = build("vit", depth=1, pooler=6, map_head=True)
+    variables = start(model, inputs)
+    head = {path.split("/")[1] for path in flatten(variables["params"]) if path[:4] == "map/"}
+    assert head == {"probe", "attention", "norm", "mlp"}
+    plain = {name: v for name, v in variables["params"].items() if name not in ("map", "pooler")}
+    np.testing.assert_array_equal(
+        apply(model, variables, inputs).pooled,
+        apply(build("vit", depth=1)[0], {"params": plain}, inputs).pooled,
+    )
+
+
+def test_the_pooler_reads_the_mean_where_there_is_no_class_token():
+    model, inputs = build("vit", depth=1, class_token=False, pool="pooler", pooler=6)
+    variables = start(model, inputs)
+    output = apply(model, variables, inputs)
+    dense = jax.tree.map(np.asarray, variables["params"]["pooler"])
+    expected = np.tanh(np.mean(output.tokens, 1) @ dense["kernel"] + dense["bias"])
+    close(output.pooled, expected, 1e-5)
+
+
+def test_a_text_tower_does_not_see_what_follows():
+    model, (ids, *_) = build("clip_text", eot=None)
+    variables = start(model, [ids])
+    other = jnp.concatenate([ids[:, :4], (ids[:, 4:] + 7) % 50], axis=1)
+    ours, changed = (apply(model, variables, [i]).tokens for i in (ids, other))
+    close(ours[:, :4], changed[:, :4], 1e-6)
+    assert np.abs(ours[:, 4:] - changed[:, 4:]).max() > 0.1
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("vit", {"patch": (4, 8), "grid": (4, 3), "registers": 0, "pooler": 8, "qk_norm": 1e-6}),
+        ("vit", {"patch": 4, "registers": 4, "pooler": None, "qk_norm": None}),
+        ("bert", {"types": 0, "pad": 0}),
+        ("bert", {"pad": None}),
+        ("resnet", {"widths": (8, 16), "stages": (1, 1)}),
+        ("resnet", {"widths": None}),
+        ("clip_text", {"eot": 0, "projection": None}),
+    ],
+)
+def test_a_config_may_give_every_field(name, fields):
+    check_options(MODELS[name], fields, "model")
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value"),
+    [
+        *[("vit", "patch", value) for value in (0, (4, 0), (4, 4, 4), "4", None)],
+        *[("vit", "pooler", value) for value in (0, -1, 1.5)],
+        *[("vit", "registers", -1), ("vit", "class_token", 1), ("bert", "pad", -1)],
+        *[("resnet", "widths", (8, 0)), ("clip_text", "eot", 0.5)],
+    ],
+)
+def test_a_config_may_not_give_nonsense(name, field, value):
+    with pytest.raises(BadInput, match=f"model.{field}"):
+        check_options(MODELS[name], {field: value}, "model")
 
 
 @pytest.mark.parametrize(
