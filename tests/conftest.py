@@ -2,6 +2,8 @@
 
 import importlib.util
 import os
+import re
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -39,6 +41,30 @@ left_out: Counter[str] = Counter()
 def asset_dir() -> Path:
     """The folder of unpacked assets: launch/assets.sh describes it."""
     return Path(os.environ["TLJAX_ASSETS"])
+
+
+declared: list = []  # operators live as long as the library that declares them
+
+
+@pytest.fixture(scope="session")
+def timm():
+    """Import timm, also beside a torchvision whose compiled operators do not load here."""
+    pytest.importorskip("torch")
+    spec = importlib.util.find_spec("torchvision")
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError:  # it describes operators that it could not load: declare them
+        for name in [name for name in sys.modules if name.split(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        import torch
+
+        text = Path(spec.origin).with_name("_meta_registrations.py").read_text()
+        declared.append(torch.library.Library("torchvision", "DEF"))
+        for name in sorted({*re.findall(r'register_meta\("(\w+)"', text), "nms", "qnms"}):
+            declared[0].define(f"{name}(Tensor x) -> Tensor")
+    except ImportError as error:
+        pytest.skip(f"torchvision, which timm needs, cannot be imported: {error}")
+    return pytest.importorskip("timm", reason="timm is not installed")
 
 
 def missing(item: pytest.Item) -> str:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
+from math import isqrt
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -39,6 +40,35 @@ class Source:
     labels: tuple[str, ...] | None
     digest: Callable[[], str]  # SHA-256 of the weights file, computed in the background
     ignored: Mapping[str, str]  # foreign tensor -> why it was left out
+    assumed: tuple[str, ...] = ()  # fields that the files do not tell, "field=value: why"
+
+
+def settle(
+    told: Mapping[str, Any], assumed: Mapping[str, tuple[Any, str]], given: Mapping[str, Any]
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Join fields that files tell, those assumed (value and why), and a caller's, which win."""
+    guessed = {name: value for name, (value, _) in assumed.items()}
+    lines = (f"{k}={v!r}: {why}" for k, (v, why) in assumed.items() if k not in given)
+    return {**told, **guessed, **given}, tuple(lines)
+
+
+def shape_of(state: Tensors, name: str, rank: int, origin: str) -> tuple[int, ...]:
+    """Return the shape of a tensor that tells sizes.
+
+    Raises: BadInput if it is not there, or of another rank.
+    """
+    if name not in state:
+        near = nearest(name, state)
+        raise BadInput(f"{origin}: missing: {name} (nearest there: {near})")
+    if len(shape := state[name].shape) != rank or 0 in shape:
+        raise BadInput(f"{origin}: tensor {name} has shape {shape}, expected {rank} axes, not empty")
+    return shape
+
+
+def square(rows: int) -> tuple[int, int] | None:
+    """Return the square grid of so many patches, if there is one."""
+    side = isqrt(max(rows, 0))
+    return (side, side) if side and side * side == rows else None
 
 
 class Leaf(NamedTuple):
