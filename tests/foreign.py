@@ -45,11 +45,11 @@ def gradients(source: Source, weights: np.ndarray, *inputs: np.ndarray) -> Any:
     model, variables = prepare(source, *inputs)
     rest = {name: leaf for name, leaf in variables.items() if name != "params"}
 
-    def loss(params: Any) -> Any:
+    def loss(params: Any, *inputs: Any) -> Any:
         return jnp.sum(weights * model.apply({"params": params, **rest}, *inputs).logits)
 
     with jax.default_matmul_precision("highest"):
-        return {"params": jax.jit(jax.grad(loss))(variables["params"])}
+        return {"params": jax.jit(jax.grad(loss))(variables["params"], *inputs)}
 
 
 def assert_gradients_close(given: Any, expected: Any) -> None:
@@ -77,5 +77,3 @@ def same_bits(given: Mapping[str, np.ndarray], expected: Mapping[str, np.ndarray
     for name, array in expected.items():
         assert (given[name].dtype, given[name].shape) == (array.dtype, array.shape), name
         assert given[name].tobytes() == np.ascontiguousarray(array).tobytes(), name
-
-

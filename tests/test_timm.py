@@ -1,6 +1,5 @@
 """timm's files: outputs and gradients against timm itself, in and out, and bad files."""
 
-import json
 import shutil
 
 import numpy as np
@@ -10,22 +9,19 @@ from foreign import (
     assert_gradients_close,
     gradients,
     images,
-    prepare,
     run,
     same_bits,
 )
 from safetensors.numpy import load_file, save_file
 
-from tljax.tree import flatten
-from tljax.types import BadInput
 from tljax.weights.files import held
 from tljax.weights.table import to_foreign, to_tljax
-from tljax.weights.timm import TIMM, open_timm, spell, to_timm_config
+from tljax.weights.timm import TIMM, open_timm, spell
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 128, "depth": 2, "num_heads": 2}
 SMALL |= {"mlp_ratio": 1.5, "num_classes": 5}
 VIT, GAP = "vit_small_patch16_224", {"global_pool": "avg"}
-BLOCKS = {"layers": [1, 2], "channels": [16, 32], "num_classes": 5}
+BLOCKS = {"layers": [2, 1, 1, 1], "channels": [16, 24, 32, 48], "num_classes": 5}
 CASES = {
     "class": (VIT, {}),
     "headless": (VIT, {"num_classes": 0}),
@@ -50,15 +46,14 @@ CASES = {
     "siglip": ("vit_so400m_patch16_siglip_256", {"num_classes": 0}),
     "basic": ("resnet18", BLOCKS),
     "bottleneck": ("resnet50", BLOCKS),
-    "doubled": ("resnet18", BLOCKS | {"layers": [1, 1, 1], "channels": [64, 128, 256]}),
+    "doubled": ("resnet18", BLOCKS | {"layers": [1, 1, 1, 1], "channels": [64, 128, 256, 512]}),
     "deep stem": ("resnet50", BLOCKS | {"stem_type": "deep", "stem_width": 8}),
     "deep stem, averaging": (
         "resnet50",
         BLOCKS | {"stem_type": "deep", "stem_width": 8, "avg_down": True},
     ),
-    "averaging, basic": ("resnet34", BLOCKS | {"avg_down": True, "layers": [2, 1, 1, 1]}
-        | {"channels": [16, 32, 48, 64]}),
-}  # fmt: skip
+    "averaging, basic": ("resnet34", BLOCKS | {"avg_down": True}),
+}
 VITS = [name for name, (kind, _) in CASES.items() if not kind.startswith("resnet")]
 pytestmark = pytest.mark.torch
 

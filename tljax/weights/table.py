@@ -61,7 +61,9 @@ def shape_of(state: Tensors, name: str, rank: int, origin: str) -> tuple[int, ..
         near = nearest(name, state)
         raise BadInput(f"{origin}: missing: {name} (nearest there: {near})")
     if len(shape := state[name].shape) != rank or 0 in shape:
-        raise BadInput(f"{origin}: tensor {name} has shape {shape}, expected {rank} axes, not empty")
+        raise BadInput(
+            f"{origin}: tensor {name} has shape {shape}, expected {rank} axes, not empty"
+        )
     return shape
 
 
@@ -158,8 +160,7 @@ def to_tljax(
     Raises: BadInput naming `origin` and a tensor that is unknown, missing, of another rank or
     type than its place asks.
     """
-    for old, new in form.renamed.items():
-        state = {name.replace(old, new): tensor for name, tensor in state.items()}
+    state = rename(state, form.renamed, origin)
     known = {leaf.foreign: leaf for leaf in leaves}
     reasons = {name: _reason(name, state, form, origin) for name in state.keys() - known.keys()}
     ignored = {name: reason for name, reason in reasons.items() if reason}
@@ -167,6 +168,22 @@ def to_tljax(
     count = _sharing(present)
     tree = {x.ours: _laid_out(state[x.foreign], x, count[x.foreign], origin) for x in present}
     return unflatten(tree), ignored
+
+
+def rename(state: Tensors, renamed: Mapping[str, str], origin: str) -> Tensors:
+    """Spell parts of names as the table does.
+
+    Raises: BadInput if two tensors then have one name.
+    """
+    found: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        new = name
+        for old, part in renamed.items():
+            new = new.replace(old, part)
+        if new in found:
+            raise BadInput(f"{origin}: {name} and another tensor are both what {new} means")
+        found[new] = tensor
+    return found
 
 
 def to_foreign(

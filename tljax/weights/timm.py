@@ -21,52 +21,52 @@ MODULES = TORCH | {
     "fused_bias": ((".bias", "params", "/bias", "(n o) -> n o"),),
 }
 ROWS = """
-vit            cls         cls_token                embed/cls                      leaf
-vit            dist        dist_token               embed/dist                     leaf
-vit            registers   reg_token                embed/registers                leaf
-vit            body        pos_embed                embed/pos                      leaf
-vit            body        patch_embed.proj         embed/patch                    conv
-vit            patch_bias  patch_embed.proj         embed/patch                    bias
-vit            embed_norm  norm_pre                 embed/norm                     norm
-vit            body        {block}.norm1            blocks/{i}/norm1               norm
-vit            body        {block}.attn.qkv         blocks/{i}/attention/{a}       fused
-vit            qkv_bias    {block}.attn.qkv         blocks/{i}/attention/{a}       fused_bias
-vit            qk_norm     {block}.attn.q_norm      blocks/{i}/attention/norm_query  norm
-vit            qk_norm     {block}.attn.k_norm      blocks/{i}/attention/norm_key  norm
-vit            body        {block}.attn.proj        blocks/{i}/attention/out       dense
-vit            scale       {block}.ls1.gamma        blocks/{i}/scale1/gamma        leaf
-vit            body        {block}.norm2            blocks/{i}/norm2               norm
-vit            body        {block}.mlp.fc1          blocks/{i}/mlp/up              dense
-vit            body        {block}.mlp.fc2          blocks/{i}/mlp/down            dense
-vit            scale       {block}.ls2.gamma        blocks/{i}/scale2/gamma        leaf
-norm           body        norm                     norm                           norm
-fc_norm        body        fc_norm                  norm                           norm
-vit            map         attn_pool.latent         map/probe                      leaf
-vit            map         attn_pool.q              map/attention/query            dense
-vit            map         attn_pool.kv             map/attention/key              fused
-vit            map         attn_pool.kv             map/attention/value            fused
-vit            map         attn_pool.kv             map/attention/key              fused_bias
-vit            map         attn_pool.kv             map/attention/value            fused_bias
-vit            map         attn_pool.proj           map/attention/out              dense
-vit            map         attn_pool.norm           map/norm                       norm
-vit            map         attn_pool.mlp.fc1        map/mlp/up                     dense
-vit            map         attn_pool.mlp.fc2        map/mlp/down                   dense
-vit            head        head                     head                           dense
-vit            head_dist   head_dist                head_dist                      dense
-imagenet       body        conv1                    stem/conv                      conv
-deep           body        conv1.0                  stem/conv1                     conv
-deep           body        conv1.1                  stem/norm1                     batchnorm
-deep           body        conv1.3                  stem/conv2                     conv
-deep           body        conv1.4                  stem/norm2                     batchnorm
-deep           body        conv1.6                  stem/conv                      conv
-imagenet,deep  body        bn1                      stem/norm                      batchnorm
-resnet         body        {block}.conv{n}          blocks/{i}/conv{n}             conv
-resnet         body        {block}.bn{n}            blocks/{i}/norm{n}             batchnorm
-conv           shortcut{i}  {block}.downsample.0    blocks/{i}/shortcut/conv       conv
-conv           shortcut{i}  {block}.downsample.1    blocks/{i}/shortcut/norm       batchnorm
-avg            shortcut{i}  {block}.downsample.1    blocks/{i}/shortcut/conv       conv
-avg            shortcut{i}  {block}.downsample.2    blocks/{i}/shortcut/norm       batchnorm
-resnet         head        fc                       head                           dense
+vit           cls         cls_token            embed/cls                       leaf
+vit           dist        dist_token           embed/dist                      leaf
+vit           registers   reg_token            embed/registers                 leaf
+vit           body        pos_embed            embed/pos                       leaf
+vit           body        patch_embed.proj     embed/patch                     conv
+vit           patch_bias  patch_embed.proj     embed/patch                     bias
+vit           embed_norm  norm_pre             embed/norm                      norm
+vit           body        {block}.norm1        blocks/{i}/norm1                norm
+vit           body        {block}.attn.qkv     blocks/{i}/attention/{a}        fused
+vit           qkv_bias    {block}.attn.qkv     blocks/{i}/attention/{a}        fused_bias
+vit           qk_norm     {block}.attn.q_norm  blocks/{i}/attention/norm_query norm
+vit           qk_norm     {block}.attn.k_norm  blocks/{i}/attention/norm_key   norm
+vit           body        {block}.attn.proj    blocks/{i}/attention/out        dense
+vit           scale       {block}.ls1.gamma    blocks/{i}/scale1/gamma         leaf
+vit           body        {block}.norm2        blocks/{i}/norm2                norm
+vit           body        {block}.mlp.fc1      blocks/{i}/mlp/up               dense
+vit           body        {block}.mlp.fc2      blocks/{i}/mlp/down             dense
+vit           scale       {block}.ls2.gamma    blocks/{i}/scale2/gamma         leaf
+norm          body        norm                 norm                            norm
+fc_norm       body        fc_norm              norm                            norm
+vit           map         attn_pool.latent     map/probe                       leaf
+vit           map         attn_pool.q          map/attention/query             dense
+vit           map         attn_pool.kv         map/attention/key               fused
+vit           map         attn_pool.kv         map/attention/value             fused
+vit           map         attn_pool.kv         map/attention/key               fused_bias
+vit           map         attn_pool.kv         map/attention/value             fused_bias
+vit           map         attn_pool.proj       map/attention/out               dense
+vit           map         attn_pool.norm       map/norm                        norm
+vit           map         attn_pool.mlp.fc1    map/mlp/up                      dense
+vit           map         attn_pool.mlp.fc2    map/mlp/down                    dense
+vit           head        head                 head                            dense
+vit           head_dist   head_dist            head_dist                       dense
+imagenet      body        conv1                stem/conv                       conv
+deep          body        conv1.0              stem/conv1                      conv
+deep          body        conv1.1              stem/norm1                      batchnorm
+deep          body        conv1.3              stem/conv2                      conv
+deep          body        conv1.4              stem/norm2                      batchnorm
+deep          body        conv1.6              stem/conv                       conv
+imagenet,deep body        bn1                  stem/norm                       batchnorm
+resnet        body        {block}.conv{n}      blocks/{i}/conv{n}              conv
+resnet        body        {block}.bn{n}        blocks/{i}/norm{n}              batchnorm
+conv          shortcut{i} {block}.downsample.0 blocks/{i}/shortcut/conv        conv
+conv          shortcut{i} {block}.downsample.1 blocks/{i}/shortcut/norm        batchnorm
+avg           shortcut{i} {block}.downsample.1 blocks/{i}/shortcut/conv        conv
+avg           shortcut{i} {block}.downsample.2 blocks/{i}/shortcut/norm        batchnorm
+resnet        head        fc                   head                            dense
 """
 TIMM = Format(
     rows=ROWS,
@@ -230,7 +230,7 @@ def _vit_shape(state: Tensors, origin: str) -> Facts:
     up, down = (shape_of(state, f"blocks.0.mlp.fc{i}.weight", 2, origin) for i in (1, 2))
     if up[0] != down[1]:
         raise BadInput(
-            f"{origin}: blocks.0.mlp.fc1.weight gives {up[0]} values and fc2.weight reads {down[1]}:"
+            f"{origin}: blocks.0.mlp.fc1.weight gives {up[0]} values, fc2.weight reads {down[1]}:"
             " transposed, or a gated MLP, which tljax does not have"
         )
     registers = shape_of(state, "reg_token", 3, origin)[1] if "reg_token" in state else 0
@@ -251,9 +251,7 @@ def _vit_shape(state: Tensors, origin: str) -> Facts:
     }
 
 
-def _vit_details(
-    state: Tensors, told: Facts, config: Config, origin: str
-) -> tuple[Facts, Guesses]:
+def _vit_details(state: Tensors, told: Facts, config: Config, origin: str) -> tuple[Facts, Guesses]:
     """Decide heads, eps and activation: by tensors, arguments, architecture, then by rule."""
     width, arguments = told["width"], config.arguments
     few = 16 if width in SIXTEEN_HEADS else max(width // 64, 1)
@@ -361,7 +359,10 @@ def _read_resnet(
     told = {"stages": stages, "width": width, "bottleneck": bottleneck}
     told |= {"widths": None if outer == doubled else outer, "stem": "deep" if deep else "imagenet"}
     told |= {"shortcut": "avg" if average else "conv"}
-    rules = {"eps": (1e-5, "timm's usual"), "stride_first": (False, "v1.5 without anti-aliasing, as most of timm's")}
+    rules = {
+        "eps": (1e-5, "timm's usual"),
+        "stride_first": (False, "v1.5 without anti-aliasing, as most of timm's"),
+    }
     if config.architecture:
         return told | {name: value for name, (value, _) in rules.items()}, {}
     return told, rules
