@@ -34,10 +34,17 @@ def prepare(source: Source, *inputs: np.ndarray, **fields: Any) -> tuple[Any, An
     return model, edit(abstract, jax.random.key(0))
 
 
+def call(function: Any, *arguments: Any) -> Any:
+    """Compile quickly and call: compiling is most of what these tests take."""
+    arguments = jax.tree.map(jnp.asarray, arguments)
+    with jax.default_matmul_precision("highest"):
+        lowered = jax.jit(function).lower(*arguments)
+    return lowered.compile({"xla_backend_optimization_level": 0})(*arguments)
+
+
 def run(source: Source, *inputs: np.ndarray, **fields: Any) -> Any:
     model, variables = prepare(source, *inputs, **fields)
-    with jax.default_matmul_precision("highest"):
-        return jax.jit(model.apply)(variables, *inputs)
+    return call(model.apply, variables, *inputs)
 
 
 def gradients(source: Source, weights: np.ndarray, *inputs: np.ndarray) -> Any:
@@ -48,8 +55,7 @@ def gradients(source: Source, weights: np.ndarray, *inputs: np.ndarray) -> Any:
     def loss(params: Any, *inputs: Any) -> Any:
         return jnp.sum(weights * model.apply({"params": params, **rest}, *inputs).logits)
 
-    with jax.default_matmul_precision("highest"):
-        return {"params": jax.jit(jax.grad(loss))(variables["params"], *inputs)}
+    return {"params": call(jax.grad(loss), variables["params"], *inputs)}
 
 
 def assert_gradients_close(given: Any, expected: Any) -> None:

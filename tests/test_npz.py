@@ -9,7 +9,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
-from foreign import assert_close, assert_gradients_close, draw, gradients, images, run, same_bits
+from foreign import (
+    assert_close,
+    assert_gradients_close,
+    call,
+    draw,
+    gradients,
+    images,
+    run,
+    same_bits,
+)
 
 from tljax.tree import flatten, map_with_path, unflatten
 from tljax.types import BadInput
@@ -215,9 +224,7 @@ def original(case):
     shapes = jax.eval_shape(model.init, jax.random.key(0), pixels)["params"]
     rng = np.random.default_rng(1)
     params = map_with_path(lambda path, leaf: draw(rng, path, leaf.shape), shapes)
-    with jax.default_matmul_precision("highest"):
-        outputs = jax.jit(model.apply)({"params": params}, pixels)
-    return outputs, flatten(params)
+    return call(model.apply, {"params": params}, pixels), flatten(params)
 
 
 def save(path, arrays):
@@ -323,11 +330,10 @@ def test_gradients_equal_the_original(tmp_path, case):
     source, pixels = open_npz_weights(save(tmp_path / "w.npz", arrays)), pixels_of(case)
     weights = images(2, 5, seed=2)
 
-    def loss(params):
+    def loss(params, pixels):
         return jnp.sum(weights * CASES[case].apply({"params": params}, pixels)[2])
 
-    with jax.default_matmul_precision("highest"):
-        theirs = jax.jit(jax.grad(loss))(unflatten(arrays))
+    theirs = call(jax.grad(loss), unflatten(arrays), pixels)
     found = {name: np.asarray(leaf) for name, leaf in flatten(theirs).items()}
     expected = open_npz_weights(save(tmp_path / "g.npz", found)).tree
     assert_gradients_close(gradients(source, weights, pixels), expected)
@@ -346,22 +352,21 @@ def test_position_tables_are_resampled_by_scipy_zoom(tmp_path, case, size):
     grid = scipy.ndimage.zoom(table[0, own:].reshape(4, 4, -1), zoom, order=1)
     new = np.concatenate([table[:, :own], grid.reshape(1, -1, table.shape[-1])], 1)
     pixels = images(2, size, size, 3)
-    with jax.default_matmul_precision("highest"):
-        params = unflatten(arrays | {name: new})
-        _, _, logits = jax.jit(CASES[case].apply)({"params": params}, pixels)
+    params = unflatten(arrays | {name: new})
+    _, _, logits = call(CASES[case].apply, {"params": params}, pixels)
     assert_close(run(source, pixels).logits, logits)
 
 
 def test_oblong_pictures_need_their_grid(tmp_path):
     model, pixels = OriginalViT("tok", patch=(8, 16)), images(2, 32, 48, 3)
-    params = jax.jit(model.init)(jax.random.key(0), pixels)["params"]
+    params = call(model.init, jax.random.key(0), pixels)["params"]
     path = save(tmp_path / "w.npz", flatten(params))
     with pytest.raises(BadInput, match=r"12 rows(.|\n)*grid=") as caught:
         open_npz_weights(path)
     assert str(path) in str(caught.value)
     source = open_npz_weights(path, {"grid": (4, 3)})
     assert (source.fields["patch"], source.fields["grid"]) == ((8, 16), (4, 3))
-    assert_close(run(source, pixels).tokens, jax.jit(model.apply)({"params": params}, pixels)[0])
+    assert_close(run(source, pixels).tokens, call(model.apply, {"params": params}, pixels)[0])
 
 
 def test_what_is_assumed_is_named_and_can_be_given(tmp_path):

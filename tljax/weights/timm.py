@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from tljax.models import MODELS
 from tljax.tree import matches
 from tljax.types import BadInput
 from tljax.weights.files import Tensors, open_safetensors, read_json, start_digest
@@ -172,9 +173,11 @@ def spell(fields: Mapping[str, Any]) -> tuple[Leaf, ...]:
 def _read_config(path: Path) -> Config:
     config = read_json(path)
     weights = config.get("pretrained_cfg", config)  # old files have one level
-    name = config.get("architecture", weights.get("architecture")) if config else ""
     arguments = config.get("model_args") or {}
-    if not isinstance(name, str) or not isinstance(arguments, dict):
+    if not isinstance(weights, dict) or not isinstance(arguments, dict):
+        raise BadInput(f"{path}: pretrained_cfg and model_args must be objects")
+    name = config.get("architecture", weights.get("architecture")) if config else ""
+    if not isinstance(name, str):
         raise BadInput(f"{path} names no architecture of timm: is it of another library?")
     if name and not any(matches(glob, name) for glob in KNOWN):
         raise BadInput(f"{path}: tljax has no {name!r}; of timm it reads {', '.join(KNOWN)}")
@@ -183,6 +186,8 @@ def _read_config(path: Path) -> Config:
             raise BadInput(f"{path}: tljax has no {name!r}: {what}")
     if odd := [key for key, value in arguments.items() if value and not _handled(key, value)]:
         raise BadInput(f"{path}: model_args.{odd[0]}={arguments[odd[0]]!r} is not in tljax")
+    if "label_names" in config:
+        weights = weights | {"label_names": config["label_names"]}
     pool = config.get("global_pool") or arguments.get("global_pool") or ""
     return Config(name, arguments, weights, pool, str(path))
 
@@ -392,10 +397,117 @@ def _read_preprocess(config: Config) -> dict[str, Any] | None:
 
 def _read_labels(config: Config) -> tuple[str, ...] | None:
     names = config.weights.get("label_names")
-    if isinstance(names, dict):
-        names = [names[key] for key in sorted(names, key=int)]
-    return tuple(map(str, names)) if names else None
+    try:
+        if isinstance(names, dict):
+            names = [names[key] for key in sorted(names, key=int)]
+        return tuple(map(str, names)) if names else None
+    except (TypeError, ValueError) as error:
+        raise BadInput(f"{config.origin}: no usable label_names: {error}") from None
 
 
-def to_timm_config(arch, fields, labels, preprocess):
-    return {}
+def to_timm_config(
+    arch: str,
+    fields: Mapping[str, Any],
+    labels: tuple[str, ...] | None,
+    preprocess: Mapping[str, Any] | None,
+) -> dict[str, Any]:
+    """Return the config.json with which timm builds the model of these fields again.
+
+    Raises: BadInput for a model that timm cannot be told to build.
+    """
+    classes = fields.get("num_classes", len(labels or ())) or 0
+    if labels and len(labels) != classes:
+        raise BadInput(f"{len(labels)} labels for {classes} classes: expected one for each")
+    model = MODELS[arch](**{**fields, "num_classes": classes or None})
+    name, arguments, traits = (_timm_vit if arch == "vit" else _timm_resnet)(model)
+    weights = {"num_classes": classes, **traits}
+    if preprocess:
+        weights |= _timm_preprocess(preprocess)
+    config = {"architecture": name, "num_classes": classes}
+    if "global_pool" in arguments:
+        config["global_pool"] = arguments["global_pool"]
+    if labels:
+        config["label_names"] = list(labels)
+    return config | {"model_args": {**arguments, "num_classes": classes}, "pretrained_cfg": weights}
+
+
+def _require(model: Any, values: Mapping[str, Any], why: str) -> None:
+    for field, value in values.items():
+        if getattr(model, field) != value:
+            raise BadInput(f"{why} has {field}={value!r} only, the model {getattr(model, field)!r}")
+
+
+def _timm_vit(model: Any) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """Return architecture, its arguments, and what timm wants to know of the weights."""
+    _require(model, {"pooler": None, "projection": None}, "timm's ViT")
+    _require(model, {"qk_norm": model.eps if model.qk_norm else None}, "timm's ViT of its eps")
+    _require(model, {"patch_bias": not model.embed_norm}, "timm's ViT with its embed_norm")
+    names = {1e-6: "vit_base_patch16_224", 1e-5: "vit_base_patch16_clip_224"}
+    own, pools = bool(model.class_token or model.distilled), {v: k for k, v in POOLS.items()}
+    if model.distilled:
+        own, names = True, {1e-6: "deit_base_distilled_patch16_224"}
+        values = {"class_token": True, "distilled_head": True, "prefix_positions": True}
+        _require(model, values | {"registers": 0, "pool": "cls"}, "timm's distilled ViT")
+    if own and model.prefix_positions:
+        _require(model, {"registers": 0}, "timm's ViT with a position of the class token")
+    if model.eps not in names or model.pool not in pools:
+        raise BadInput(
+            f"timm has no such ViT: eps={model.eps!r}, expected one of {list(names)};"
+            f" pool={model.pool!r}, expected one of {list(pools)}"
+        )
+    _require(model, {"map_head": model.pool == "map" and model.map_head}, "timm's ViT of its pool")
+    tall, broad = (model.patch,) * 2 if isinstance(model.patch, int) else model.patch
+    size = [model.grid[0] * tall, model.grid[1] * broad]
+    arguments = {
+        "img_size": size, "patch_size": [tall, broad], "embed_dim": model.width,
+        "depth": model.depth, "num_heads": model.heads, "mlp_ratio": _ratio(model),
+        "qkv_bias": model.qkv_bias, "qk_norm": model.qk_norm is not None,
+        "init_values": model.layer_scale, "class_token": model.class_token,
+        "no_embed_class": not (own and model.prefix_positions), "reg_tokens": model.registers,
+        "pre_norm": model.embed_norm, "fc_norm": model.norm_pooled,
+        "global_pool": pools[model.pool], "act_layer": model.activation,
+    }  # fmt: skip
+    classifier = ["head", "head_dist"] if model.distilled else "head"
+    traits = {"input_size": [3, *size], "fixed_input_size": True, "classifier": classifier}
+    return names[model.eps], arguments, traits | {"first_conv": "patch_embed.proj"}
+
+
+def _ratio(model: Any) -> float:
+    """Return the ratio of which timm cuts the fraction off to get the MLP's width."""
+    ratio = model.mlp / model.width
+    return ratio if int(model.width * ratio) == model.mlp else math.nextafter(ratio, math.inf)
+
+
+def _timm_resnet(model: Any) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    values = {"norm": "batch", "stride_first": False, "downsample_first": False, "eps": 1e-5}
+    _require(model, values | ({"width": 64} if model.stem == "imagenet" else {}), "timm's ResNet")
+    if model.stem not in ("imagenet", "deep") or len(model.stages) != 4:
+        raise BadInput(
+            f"timm has no ResNet with stem={model.stem!r} and {len(model.stages)} stages:"
+            " expected 'imagenet' or 'deep', and 4"
+        )
+    channels = [model.channels(stage)[0] for stage in range(4)]
+    arguments = {"layers": list(model.stages), "channels": channels}
+    if model.stem == "deep":
+        arguments |= {"stem_type": "deep", "stem_width": model.width // 2}
+    arguments |= {"avg_down": True} if model.shortcut == "avg" else {}
+    traits = {"classifier": "fc", "first_conv": "conv1.0" if model.stem == "deep" else "conv1"}
+    return "resnet50" if model.bottleneck else "resnet18", arguments, traits
+
+
+def _timm_preprocess(preprocess: Mapping[str, Any]) -> dict[str, Any]:
+    """Say in timm's words how pictures are prepared; the inverse of `_read_preprocess`."""
+    found = {name: list(preprocess[name]) for name in ("mean", "std") if name in preprocess}
+    if "interpolation" in preprocess:
+        found["interpolation"] = preprocess["interpolation"]
+    resize, size = preprocess.get("resize"), preprocess.get("size")
+    sides = (resize,) * 2 if isinstance(resize, int) else resize
+    if not (sides and (size := size or sides)):
+        return found
+    ratio = size[0] / sides[0]
+    percent = ratio if math.floor(size[0] / ratio) == sides[0] else math.nextafter(ratio, 0)
+    if tuple(math.floor(side / percent) for side in size) != tuple(sides):
+        raise BadInput(f"timm crops by one ratio: size={size} of resize={resize} are two")
+    modes = {"stretch": "squash", "cover": "center", "contain": "border"}
+    mode = "center" if isinstance(resize, int) else modes[preprocess.get("aspect", "stretch")]
+    return found | {"input_size": [3, *size], "crop_pct": percent, "crop_mode": mode}
