@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import product
+from math import isqrt
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -45,7 +46,37 @@ class Source:
     kind: str  # the foreign type of model, as the format's rows name it; "" for a run
     config: Mapping[str, Any]  # the foreign configuration as it was read; of a run its record
     origin: str  # the file, or the folder of a run
-    assumed: tuple[str, ...] = ()  # what neither the tensors nor a configuration say
+    assumed: tuple[str, ...] = ()  # fields that the files do not tell, "field=value: why"
+
+
+def settle(
+    told: Mapping[str, Any], assumed: Mapping[str, tuple[Any, str]], given: Mapping[str, Any]
+) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Join fields that files tell, those assumed (value and why), and a caller's, which win."""
+    guessed = {name: value for name, (value, _) in assumed.items()}
+    lines = (f"{k}={v!r}: {why}" for k, (v, why) in assumed.items() if k not in given)
+    return {**told, **guessed, **given}, tuple(lines)
+
+
+def shape_of(state: Tensors, name: str, rank: int, origin: str) -> tuple[int, ...]:
+    """Return the shape of a tensor that tells sizes.
+
+    Raises: BadInput if it is not there, or of another rank.
+    """
+    if name not in state:
+        near = nearest(name, state)
+        raise BadInput(f"{origin}: missing: {name} (nearest there: {near})")
+    if len(shape := state[name].shape) != rank or 0 in shape:
+        raise BadInput(
+            f"{origin}: tensor {name} has shape {shape}, expected {rank} axes, not empty"
+        )
+    return shape
+
+
+def square(rows: int) -> tuple[int, int] | None:
+    """Return the square grid of so many patches, if there is one."""
+    side = isqrt(max(rows, 0))
+    return (side, side) if side and side * side == rows else None
 
 
 class Leaf(NamedTuple):
@@ -136,8 +167,7 @@ def to_tljax(
     Raises: BadInput naming `origin` and a tensor that is unknown, missing, of another rank or
     type than its place asks.
     """
-    for old, new in form.renamed.items():
-        state = {name.replace(old, new): tensor for name, tensor in state.items()}
+    state = rename(state, form.renamed, origin)
     known = {leaf.foreign: leaf for leaf in leaves}
     reasons = {name: _reason(name, state, form, origin) for name in state.keys() - known.keys()}
     ignored = {name: reason for name, reason in reasons.items() if reason}
@@ -145,6 +175,22 @@ def to_tljax(
     count = _sharing(present)
     tree = {x.ours: _laid_out(state[x.foreign], x, count[x.foreign], origin) for x in present}
     return unflatten(tree), ignored
+
+
+def rename(state: Tensors, renamed: Mapping[str, str], origin: str) -> Tensors:
+    """Spell parts of names as the table does.
+
+    Raises: BadInput if two tensors then have one name.
+    """
+    found: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        new = name
+        for old, part in renamed.items():
+            new = new.replace(old, part)
+        if new in found:
+            raise BadInput(f"{origin}: {name} and another tensor are both what {new} means")
+        found[new] = tensor
+    return found
 
 
 def to_foreign(
