@@ -151,7 +151,11 @@ def _parse(values: Mapping[str, Any], origin: str) -> Settings:
         given = f"={values[place]!r:.80}" if place in values else ""
         raise BadInput(f"{origin}: {place}{given}: {reason}") from None
     empty: tuple[Any, ...] = (None, False, {}, [])
-    on = [f"{name}={x!r:.80}" for name, x in (settings.model_extra or {}).items() if x not in empty]
+    on = [
+        f"{name:.80}={x!r:.80}"
+        for name, x in (settings.model_extra or {}).items()
+        if x not in empty
+    ]
     if on:
         raise BadInput(f"{origin}: {', '.join(on[:3])}: tljax reads LoRA, rsLoRA and DoRA only")
     for pattern in [*(settings.rank_pattern or ()), *(settings.alpha_pattern or ())]:
@@ -243,6 +247,15 @@ def _expected(adapter: Adapter, table: list[Leaf]) -> list[Leaf]:
             )
         section = "body" if must else f"LoRA of {module}"
         leaves += [leaf._replace(section=section) for leaf in factors]
+    dense = {module for module, _ in _factors(table, False)}
+    for name in sorted(adapter.tensors):
+        module, lora, _ = name.removeprefix(ROOT).partition(".lora_")
+        if (
+            lora
+            and module not in dense
+            and any(x.foreign.startswith(f"{ROOT}{module}.") for x in table)
+        ):
+            raise BadInput(f"{origin}: {name} is LoRA on what is no dense layer")
     names = {leaf: settings.saves(leaf.foreign.removeprefix(ROOT)) for leaf in table}
     for entry in settings.modules_to_save or ():
         below = [leaf.foreign for leaf in table if entry in names[leaf]]
