@@ -168,15 +168,17 @@ def train_adapter(case, settings, folder):
 
 def grafted(folder, adapter="adapter"):
     source = open_weights(folder / "base")
-    kind = json.loads((folder / "base" / "config.json").read_text())["model_type"]
-    tree = graft_adapter(source.tree, read_adapter(folder / adapter), kind, source.fields)
-    return source, kind, jax.tree.map(np.asarray, tree)
+    tree = graft_adapter(source.tree, read_adapter(folder / adapter), source.kind, source.fields)
+    return source, source.kind, jax.tree.map(np.asarray, tree)
 
 
-def run(source, tree, case, **fields):
+def model_of(source, tree, **fields):
     head = tree["params"].get("head")
     fields |= {"num_classes": head["bias"].shape[0]} if head else {}
-    model = MODELS[source.arch](**(dict(source.fields) | fields))
+    return MODELS[source.arch](**(dict(source.fields) | fields))
+
+
+def run(model, tree, case):
     with jax.default_matmul_precision("highest"):
         output = jax.jit(model.apply)(jax.tree.map(jnp.asarray, tree), *inputs_of(case))
     return output.logits if "For" in case else output.tokens[real(case)]
@@ -194,7 +196,7 @@ def test_an_adapter_trained_by_peft_gives_the_same_here(torch_peft, name):
     case, folder, before, after = torch_peft(name)
     assert np.abs(after - before).max() > 1e-2 * np.abs(after).max()  # it does something
     source, _, tree = grafted(folder)
-    assert_close(run(source, tree, case), after)
+    assert_close(run(model_of(source, tree), tree, case), after)
 
 
 @pytest.mark.torch
@@ -205,7 +207,8 @@ def test_an_adapter_written_here_gives_the_same_in_peft(torch_peft, name, tmp_pa
     case, folder, _, after = torch_peft(name)
     source, kind, tree = grafted(folder)
     saved = [x for x in ("params/norm",) if "layernorm" in LORA[name][1].get("modules_to_save", [])]
-    tensors, config = to_peft(tree, kind, source.fields, str(folder / "base"), saved=saved)
+    fields = vars(model_of(source, tree))
+    tensors, config = to_peft(tree, kind, fields, str(folder / "base"), saved=saved)
     save_file(tensors, tmp_path / "adapter_model.safetensors")
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     model = peft.PeftModel.from_pretrained(open_base(case, folder / "base"), tmp_path)
@@ -276,7 +279,7 @@ def test_both_namings_are_read_and_written(torch_peft, name):
     write(folder / "old", old, config)
     source, kind, tree = grafted(folder, "old")
     jax.tree.map(np.testing.assert_array_equal, tree, grafted(folder)[2])
-    back, described = to_peft(tree, kind, source.fields, None, naming="4")
+    back, described = to_peft(tree, kind, vars(model_of(source, tree)), None, naming="4")
     for tensor, value in old.items():
         np.testing.assert_array_equal(back[tensor], value)
     assert described["target_modules"] == config["target_modules"]
@@ -294,8 +297,8 @@ def test_an_adapter_brings_the_head_that_its_base_lacks(torch_peft, tmp_path):
     source = open_weights(tmp_path / "base")
     assert "head" not in source.tree["params"]
     tree = graft_adapter(source.tree, read_adapter(folder / "adapter"), "bert", source.fields)
-    logits = run(source, jax.tree.map(np.asarray, tree), case, pool="pooler")
-    assert_close(logits, after)
+    model = model_of(source, tree, pool="pooler")
+    assert_close(run(model, jax.tree.map(np.asarray, tree), case), after)
 
 
 @pytest.mark.torch
@@ -327,7 +330,16 @@ def write(folder, tensors, config):
 
 
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
-FIELDS = {"width": 8, "depth": 2, "heads": 2, "mlp": 12, "vocab": 11, "positions": 6, "types": 2}
+FIELDS = {
+    "width": 8,
+    "depth": 2,
+    "heads": 2,
+    "mlp": 12,
+    "vocab": 11,
+    "positions": 6,
+    "types": 2,
+    "pooler": True,
+}
 ROOT = "base_model.model.bert.encoder.layer"
 SETTINGS = {"peft_type": "LORA", "r": 2, "lora_alpha": 6, "target_modules": ["query", "key"]}
 A, B = (f"{ROOT}.1.attention.self.query.lora_{x}.weight" for x in "AB")
@@ -535,7 +547,7 @@ def test_a_folder_that_is_not_there_is_named(tmp_path):
 
 
 def export(tree, **options):
-    return to_peft(tree, "bert", FIELDS, "base", **options)
+    return to_peft(tree, "bert", FIELDS | {"pool": "cls"}, "base", **options)
 
 
 def changed(tree, path, value):

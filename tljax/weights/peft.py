@@ -1,8 +1,7 @@
 """LoRA adapters in PEFT's format <-> LoRA leaves of tljax trees.
 
 An adapter names modules as the transformers that trained it did in memory.  Version 5 renamed some
-of them, while the files of whole models keep the names of 4.x: naming "4" is that of hf.py, naming
-"5" the same table with `RENAMED_IN_5`.
+of them, while the files of whole models keep the names of 4.x: both namings are read and written.
 """
 
 from collections import Counter
@@ -18,28 +17,15 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from tljax.tree import flatten, nearest, unflatten
 from tljax.types import BadInput, Tree
 from tljax.weights.files import Tensors, open_safetensors, read_json, start_digest
-from tljax.weights.hf import HF
+from tljax.weights.hf import HF, HF5, PREFIXES, file_of, unread
 from tljax.weights.table import HEADS, Leaf, to_foreign, to_tljax
 
-_ATTENTION = {
-    ".attention.attention.query": ".attention.q_proj",
-    ".attention.attention.key": ".attention.k_proj",
-    ".attention.attention.value": ".attention.v_proj",
-    ".attention.output.dense": ".attention.o_proj",
-}
-_ENCODER = {"encoder.layer.": "layers."} | _ATTENTION
-_ENCODER |= {".intermediate.dense": ".mlp.fc1", ".output.dense": ".mlp.fc2"}
-RENAMED_IN_5: Mapping[str, Mapping[str, str]] = {
-    "vit": _ENCODER,
-    "deit": _ENCODER,
-    "dinov2": _ATTENTION,
-    "dinov2_with_registers": _ATTENTION,
-}
-"""Kind -> parts of names before and since transformers 5, applied in order."""
 ROOT = "base_model.model."
 """What PEFT puts before the name of every module."""
 PLAIN = replace(HF, ignored={}, tied={}, renamed={})  # an adapter holds nothing to leave out
-FRESH = ("head",)  # sections that a base model has not trained
+FORMATS = {"5": HF5, "4": HF}
+"""Major version of transformers -> names that it has in memory."""
+FRESH = ("head", "teacher", "sequence")  # sections that a base model need not have
 PEFT_VERSION = "0.21.2"  # that the tests open adapters with
 
 
@@ -181,16 +167,8 @@ def _chosen(patterns: Mapping[str, Any] | None, module: str, default: Any) -> An
     return default
 
 
-def _table(kind: str, fields: Mapping[str, Any], naming: str, prefix: str) -> list[Leaf]:
-    """Spell out all leaves of a model under the names that its modules have in memory."""
-    changes = RENAMED_IN_5.get(kind, {}) if naming == "5" else {}
-    leaves = []
-    for leaf in HF.spell(kind, fields, prefix):
-        name = leaf.foreign
-        for old, new in changes.items():
-            name = name.replace(old, new)
-        leaves.append(leaf._replace(foreign=ROOT + name))
-    return leaves
+def _below_root(leaves: Iterable[Leaf]) -> list[Leaf]:
+    return [leaf._replace(foreign=ROOT + leaf.foreign) for leaf in leaves]
 
 
 def _factors(table: Iterable[Leaf], dora: bool) -> list[tuple[str, tuple[Leaf, ...]]]:
@@ -213,7 +191,8 @@ def _recognise(adapter: Adapter, kind: str, fields: Mapping[str, Any]) -> list[L
 
     Raises: BadInput if it names no module of such a model in any.
     """
-    tables = [_table(kind, fields, n, p) for n in ("5", "4") for p in ("", f"{kind}.")]
+    prefixes = "", PREFIXES[kind]
+    tables = [_below_root(f.spell(kind, fields, p)) for f in FORMATS.values() for p in prefixes]
 
     def known(table: list[Leaf]) -> int:
         factors = {leaf.foreign for _, leaves in _factors(table, True) for leaf in leaves}
@@ -272,24 +251,34 @@ def graft_adapter(tree: Tree, adapter: Adapter, kind: str, fields: Mapping[str, 
     `kind` and `fields` are those of the base model in Hugging Face's words and in ours.
     Raises: BadInput for a tensor that has no place, is missing, or does not fit its kernel.
     """
+    adapter = _without_others(adapter, kind)
     table = _recognise(adapter, kind, fields)
     leaves = _expected(adapter, table)
     found, _ = to_tljax(adapter.tensors, tuple(leaves), PLAIN, adapter.origin)
     new, old = flatten(found), flatten(tree)
     if len(new) < len(adapter.tensors):
         raise BadInput(f"{adapter.origin}: two of its tensors are for the same leaf of tljax's")
+    for leaf in table:
+        if leaf.foreign in adapter.tensors:
+            _check_saved(leaf, new, old, adapter.origin)
     for module, (first, *_) in _factors(table, False):
-        if first.ours in new:
+        if first.foreign in adapter.tensors:
             own = first.ours.removesuffix("/a")
             rank = _check_factors(own, new, old, f"{adapter.origin}: {first.foreign}")
             new |= _scalars(adapter, module, rank, own)
-    for leaf in table:
-        _check_saved(leaf, new, old, adapter.origin)
     return unflatten(old | {path: np.asarray(leaf) for path, leaf in new.items()})
 
 
+def _without_others(adapter: Adapter, kind: str) -> Adapter:
+    """Leave out what belongs to the other tower of a CLIP."""
+    other = unread(kind, [name.removeprefix(ROOT) for name in adapter.tensors])
+    own = {name: x for name, x in adapter.tensors.items() if name.removeprefix(ROOT) not in other}
+    return replace(adapter, tensors=own)
+
+
 def _check_saved(leaf: Leaf, new: Mapping[str, Any], old: Mapping[str, Any], origin: str) -> None:
-    if leaf.ours not in new or leaf.ours not in old:
+    """Raise BadInput if a leaf of a module that was saved whole does not fit the base."""
+    if leaf.ours not in old:
         return
     given, there = new[leaf.ours].shape, old[leaf.ours].shape
     # A head may come with another number of classes; all else fits the base as it is.
@@ -346,20 +335,15 @@ def to_peft(
     """Name and lay out the LoRA leaves of a tree, and make their adapter_config.json.
 
     A head without factors goes out whole, and so does what lies below the paths in `saved`; what
-    else differs from the model named `base` is lost.  Where the tree has no head, the adapter is
-    for the bare model.  rsLoRA goes out as LoRA of the same scale.
+    else differs from the model named `base` is lost.  `fields` are those of the model with its
+    heads, which tell the class of transformers.  rsLoRA goes out as LoRA of the same scale.
     Raises: BadInput for what an adapter has no place for.
     """
     values = flatten(tree)
     lora = {path: x for path, x in values.items() if path.split("/")[-2] == "lora"}
     if not lora:
         raise BadInput("the tree has no LoRA: nothing to make an adapter of")
-    rest = unflatten({path: x for path, x in values.items() if path not in lora})
-    bare = HF.spell(kind, fields)
-    names = to_foreign(rest, bare, fields).keys()
-    headed = any(leaf.section in HEADS for leaf in bare if leaf.foreign in names)
-    table = _table(kind, fields, naming, f"{kind}." if headed else "")
-    table = [leaf for leaf, own in zip(table, bare, strict=True) if own.foreign in names]
+    cls, table = _in_memory(kind, fields, naming, values.keys() - lora)
     dora = any(path.endswith("/magnitude") for path in lora)
     factors = {m: x for m, x in _factors(table, dora) if x[0].ours in lora}
     whole = _saved(table, values, saved)
@@ -369,7 +353,24 @@ def to_peft(
     tensors = to_foreign(unflatten(chosen), tuple(leaves), fields)
     config = _describe({m: x[0].ours.removesuffix("/a") for m, x in factors.items()}, lora)
     config |= {"base_model_name_or_path": base, "modules_to_save": sorted(whole) or None}
+    config |= {"auto_mapping": {"base_model_class": cls, "parent_library": "transformers"}}
     return tensors, config | {"use_dora": dora}
+
+
+def _in_memory(
+    kind: str, fields: Mapping[str, Any], naming: str, paths: set[str]
+) -> tuple[str, list[Leaf]]:
+    """Choose the class of transformers, and name the leaves at these paths as it does in memory."""
+    cls, leaves = file_of(kind, fields, FORMATS[naming])
+    if unknown := sorted(paths - {leaf.ours for leaf in leaves}):
+        raise BadInput(f"transformers' {cls} has no place for {unknown[0]} of the tree")
+    leaves = tuple(leaf for leaf in leaves if leaf.ours in paths)
+    # A model without a head is a base as it is; in 4.x CLIP's towers are parts even so.
+    if not any(leaf.section in HEADS for leaf in leaves):
+        cls = f"{cls.removesuffix('Model').partition('For')[0]}Model"
+        cut = PREFIXES[kind] if naming == "5" or not kind.startswith("clip") else ""
+        leaves = tuple(leaf._replace(foreign=leaf.foreign.removeprefix(cut)) for leaf in leaves)
+    return cls, _below_root(leaves)
 
 
 def _saved(
