@@ -1,4 +1,4 @@
-"""`tljax.load`: every leaf accounted for, heads and grids by choice, values checked where they can be."""
+"""`tljax.load`: every leaf accounted for, heads and grids by choice, values that are checked."""
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +41,7 @@ def made(arch, labels=None, **more):
 def run(pre, inputs=None):
     inputs = example_inputs(pre.model) if inputs is None else inputs
     with jax.default_matmul_precision("highest"):
-        return pre.model.apply(pre.variables, *inputs)
+        return pre.model.apply(pre.variables, *map(jnp.asarray, inputs))
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """Transfer learning in JAX: parameters are data, transfer is tree surgery, training is one step.
 
-    pre = tljax.load("path or name")   # a model and its weights, of any known format
-    tljax.export(pre, "folder", to="hf")
+pre = tljax.load("path or name")   # a model and its weights, of any known format
+tljax.export(pre, "folder", to="hf")
 """
 
 from typing import Any

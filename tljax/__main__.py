@@ -46,7 +46,7 @@ def make_parser() -> argparse.ArgumentParser:
     predict.add_argument("workdir", type=Path, help="folder of the run")
     predict.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="files or folders")
     predict.add_argument("--out", type=Path, default=Path("preds.jsonl"), help="JSONL to write")
-    export = add("export", "write a run or other weights for transformers, timm, PEFT or big_vision")
+    export = add("export", "write weights for transformers, timm, PEFT or big_vision")
     export.add_argument("source", help="a run, or whatever tljax.load takes")
     export.add_argument("folder", type=Path, help="a new folder")
     export.add_argument("--to", default="hf", help="hf, timm, npz or peft (default: hf)")

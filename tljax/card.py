@@ -22,13 +22,10 @@ pre = tljax.load("{folder}/model.npz")""",
 LIBRARIES = {"hf": "transformers", "timm": "timm", "peft": "peft", "npz": "tljax"}
 
 
-def make_card(
-    folder: str, to: str, parameters: int, record: Mapping[str, Any], notes: list[str], **use: str
-) -> str:
+def make_card(folder: str, to: str, parameters: int, record: Mapping[str, Any], **use: str) -> str:
     """Write README.md: what the model is, what it scored, where it is from, how to make it again.
 
-    record: a `Pretrained`'s.  notes: what the export wants to be known.  use: words of the lines
-    of code that open the folder.
+    record: a `Pretrained`'s, and `notes` of the export.  use: words of the code that opens it.
     """
     run = record["config"] if record["format"] == "run" else {}
     parts = [
@@ -36,7 +33,7 @@ def make_card(
         f"{parameters:,} parameters, exported by tljax.\n",
         f"```python\n{USE[to].format(folder=folder, **use)}\n```\n",
         *([_scores(run["result"]), _training(run)] if run else []),
-        _origin(record, run, notes),
+        _origin(record, run),
     ]
     return "\n".join(parts)
 
@@ -77,10 +74,10 @@ def _training(run: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _origin(record: Mapping[str, Any], run: Mapping[str, Any], notes: list[str]) -> str:
+def _origin(record: Mapping[str, Any], run: Mapping[str, Any]) -> str:
     """Say which weights this began with, by their digest."""
     digest = run["digest"] if run else record["digest"]
     lines = ["## Origin\n", f"- format: {record['format']} {record['kind']}".rstrip()]
     lines += [f"- SHA-256 of the weights it began with: {digest}"] if digest else []
     lines += [f"- assumed on import: {text}" for text in record["assumed"]]
-    return "\n".join([*lines, *(f"- {note}" for note in notes)]) + "\n"
+    return "\n".join([*lines, *(f"- {note}" for note in record["notes"])]) + "\n"

@@ -4,11 +4,10 @@ import hashlib
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import safetensors.numpy
 
@@ -16,14 +15,19 @@ from tljax.card import make_card
 from tljax.checkpoint import write_json, write_text
 from tljax.edits.lora import merge as fold
 from tljax.layers import choose
+from tljax.models import MODELS
 from tljax.pretrained import FIXTURE, NOTE, Pretrained, close, example_inputs, load, outputs
+from tljax.source import ADAPTER, open_source
 from tljax.tree import flatten, map_with_path
 from tljax.types import BadInput, Tree
 from tljax.weights import hf, npz, peft, timm
 from tljax.weights.files import DTYPES
-from tljax.weights.preprocess import to_hf, to_timm
+from tljax.weights.hf_config import kind_of, to_config
+from tljax.weights.preprocess import shift, to_hf
 from tljax.weights.table import to_foreign
 
+OURS = {"parent", "name", "dtype", "read", "dropout", "drop_path", "momentum"}
+"""Fields that say how a model is trained or run here, not what it is."""
 NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
@@ -34,6 +38,7 @@ class Written:
     tensors: Mapping[str, np.ndarray]
     weights: str
     documents: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
     use: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -71,7 +76,8 @@ def export(
         digest = hashlib.sha256((place / written.weights).read_bytes()).hexdigest()
         write_json(place / NOTE, {"digest": digest, "exported": to})
         parameters = sum(leaf.size for leaf in flatten(tree["params"]).values())
-        text = make_card(folder.name, to, parameters, pre.record, notes, **written.use)
+        facts = pre.record | {"notes": [*notes, *written.notes]}
+        text = make_card(folder.name, to, parameters, facts, **written.use)
         write_text(place / "README.md", text)
         prove(replace(pre, variables=tree), place, written)
     return folder
@@ -107,7 +113,7 @@ def fold_errors(before: Tree, exact: Tree, rounded: Tree, name: str) -> list[str
     for path in (p.removesuffix("/lora/a") for p in old if p.endswith("/lora/a")):
         kernel = f"{path}/kernel"
         update = np.linalg.norm(new[kernel] - old[kernel])
-        lost[path] = float(np.linalg.norm(cast[kernel] - new[kernel]) / max(update, 1e-30))
+        lost[path] = float(np.linalg.norm(cast[kernel] - new[kernel]) / max(float(update), 1e-30))
     if not lost:
         return []
     worst = max(lost, key=lambda path: lost[path])
@@ -137,7 +143,7 @@ def write_weights(path: Path, tensors: Mapping[str, np.ndarray], kind: Any) -> N
     """Write the tensors in the file's type."""
     cast = {name: np.ascontiguousarray(x).astype(kind) for name, x in tensors.items()}
     if path.suffix == ".npz":
-        np.savez(path, **cast)
+        npz.write_npz(path, cast)
     else:
         safetensors.numpy.save_file(cast, path, metadata={"format": "pt"})
 
@@ -170,21 +176,79 @@ def fixture_inputs(pre: Pretrained) -> dict[str, np.ndarray]:
 
 
 def fields_of(pre: Pretrained) -> dict[str, Any]:
-    """Return the fields of a model's class, as its source and configs spell them."""
-    left = ("parent", "name", "dtype", "read")
-    if pre.model.read is not None:
-        raise BadInput(f"a model that is read at {pre.model.read} is no whole model elsewhere")
-    names = [name for name in pre.model.__dataclass_fields__ if name not in left]
-    return {name: getattr(pre.model, name) for name in names}
+    """Return the fields of a whole model; raises BadInput for one that is cut at a block."""
+    if getattr(pre.model, "read", None) is not None:
+        raise BadInput(f"a model read at {pre.model.read} is no whole model: export one without")
+    names = MODELS[pre.source.arch].__dataclass_fields__.keys() - OURS
+    return {name: getattr(pre.model, name) for name in sorted(names)}
 
 
-def to_hf_folder(pre: Pretrained, tree: Tree, naming: str, base: str | None) -> Written:
+def kind_in_hf(pre: Pretrained, fields: Mapping[str, Any]) -> str:
+    """Return the type of model in transformers: the one it came as, else by its fields."""
+    kept = pre.source.format in ("hf", "peft") and pre.source.kind in hf.ARCHS
+    return pre.source.kind if kept else kind_of(pre.source.arch, fields)
+
+
+def to_transformers(pre: Pretrained, tree: Tree, naming: str, base: str | None) -> Written:
     """Lay a model out as transformers' save_pretrained does."""
-    fields, arch = fields_of(pre), pre.source.arch
-    kind = pre.source.kind if pre.source.kind in hf.ARCHS else kind_of(arch, fields)
-    file = hf.file_of(kind, fields)
-    tensors = to_foreign(tree, file.leaves, fields) | hf.fillers(kind, file.leaves, tree)
-    documents = {"config.json": to_config(arch, fields, pre.labels, kind)}
+    fields = fields_of(pre)
+    kind = kind_in_hf(pre, fields)
+    name, leaves = hf.file_of(kind, fields)
+    tensors = to_foreign(tree, leaves, fields)
+    tensors |= hf.fillers(kind, tensors, fields.get("width", 0))
+    documents = {"config.json": to_config(pre.source.arch, fields, pre.labels, kind)}
+    notes: tuple[str, ...] = ()
     if pre.preprocess:
-        documents["preprocessor_config.json"] = to_hf(asdict(pre.preprocess))
-    return Written(tensors, "model.safetensors", documents, {"auto": file.cls})
+        own = asdict(pre.preprocess)
+        documents["preprocessor_config.json"] = to_hf(own)
+        notes = tuple(filter(None, [shift(own, "hf")]))
+    return Written(tensors, "model.safetensors", documents, notes, {"auto": name})
+
+
+def to_timm_folder(pre: Pretrained, tree: Tree, naming: str, base: str | None) -> Written:
+    """Lay a model out as timm's save_for_hf does."""
+    fields, own = fields_of(pre), asdict(pre.preprocess) if pre.preprocess else None
+    config = timm.to_timm_config(pre.source.arch, fields, pre.labels, own)
+    notes = tuple(filter(None, [shift(own, "timm")])) if own else ()
+    tensors = to_foreign(tree, timm.spell(fields), fields)
+    return Written(tensors, "model.safetensors", {"config.json": config}, notes)
+
+
+def to_big_vision(pre: Pretrained, tree: Tree, naming: str, base: str | None) -> Written:
+    """Lay a model out as big_vision's checkpoints are."""
+    return Written(npz.to_npz(tree, fields_of(pre)), "model.npz")
+
+
+def to_adapter(pre: Pretrained, tree: Tree, naming: str, base: str | None) -> Written:
+    """Lay the LoRA out as PEFT's save_pretrained does."""
+    fields = fields_of(pre)
+    named = base or base_name(pre)
+    config_of = choose({"4": "4", "5": "5"}, naming, "naming")
+    tensors, config = peft.to_peft(tree, kind_in_hf(pre, fields), fields, named, naming=config_of)
+    auto = config["auto_mapping"]["base_model_class"]
+    documents = {"adapter_config.json": config}
+    return Written(tensors, ADAPTER, documents, use={"auto": auto, "base": named})
+
+
+def base_name(pre: Pretrained) -> str:
+    """Return name or path of the model that a LoRA was trained on, in transformers' format.
+
+    Raises: BadInput if there is none that PEFT could open.
+    """
+    config = pre.source.config
+    named = config.get("base") if pre.source.format == "peft" else config["config"]["weights"]
+    found = open_source(named) if named else None
+    if found is None or found.format != "hf":
+        raise BadInput(
+            f"the LoRA's base is {named or 'random'}, not a model of transformers: export it first "
+            f"(tljax export {named or 'RUN'} BASE --to=hf) and say --base=BASE"
+        )
+    return named if Path(named).is_dir() else str(Path(found.origin).parent)
+
+
+WRITERS: Mapping[str, Callable[[Pretrained, Tree, str, str | None], Written]] = {
+    "hf": to_transformers,
+    "timm": to_timm_folder,
+    "npz": to_big_vision,
+    "peft": to_adapter,
+}

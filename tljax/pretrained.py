@@ -216,6 +216,7 @@ def place(values: dict[str, Any], target: Tree, mesh: sharding.Mesh | None) -> T
     found = {}
     for path, like in flatten(target).items():
         array = np.asarray(values[path]) if path in values else np.zeros(like.shape, like.dtype)
+        leaf: jax.Array
         if mesh:
             cut = array.__getitem__
             leaf = jax.make_array_from_callback(like.shape, shardings[path], cut)

