@@ -1,8 +1,10 @@
 """The loop: restore, step, log, evaluate, save; and what a run writes about itself."""
 
 import json
+import shlex
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, closing
@@ -238,6 +240,7 @@ def claim(experiment: Experiment, workdir: Path) -> None:
         "digest": experiment.digest,
         "versions": {package: version(package) for package in PACKAGES},
         "git": git_state(),
+        "command": shlex.join(["tljax", *sys.argv[1:]]),
         "device": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
     }
     write_json(workdir / RECORD, record)
