@@ -220,6 +220,31 @@ def test_outputs_equal_torch(saved, name):
             assert_close(*(x[real] if x.ndim == 3 else x for x in pair))
 
 
+OTHER_SIZES = [
+    "ViTModel",
+    "DeiTModel",
+    "Dinov2Model",
+    "Dinov2WithRegistersModel",
+    "CLIPVisionModel",
+]
+
+
+@pytest.mark.parametrize("size", [(48, 64), (16, 24)])
+@pytest.mark.parametrize("name", OTHER_SIZES)
+def test_other_image_sizes_resample_positions_as_torch_does(saved, name, size):
+    import torch
+
+    torch_model, folder = saved(name)
+    source = open_weights(folder)
+    images = np.random.default_rng(0).normal(size=(2, *size, 3)).astype(np.float32)
+    model = build(source)
+    ours = apply(model, variables_of(source, model, (images,)), (images,))
+    options = {} if "Dino" in name else {"interpolate_pos_encoding": True}
+    with torch.no_grad():
+        theirs = torch_model(torch.from_numpy(images).permute(0, 3, 1, 2), **options)
+    assert_close(ours.tokens, theirs.last_hidden_state)
+
+
 def whole_fields(model):
     """Return all fields of a model, as an exporter has them."""
     names = {field.name for field in fields_of(model)} - {"parent", "name"}
