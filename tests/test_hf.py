@@ -472,6 +472,24 @@ def test_left_over_poolers_are_named(saved, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, source.tree, open_weights(folder).tree)
 
 
+def test_an_untied_decoder_is_read_if_it_is_the_table(saved, tmp_path):
+    _, folder = saved("RobertaForMaskedLM")
+    state = load_file(folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": False}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    decoder = {"lm_head.decoder.bias": state["lm_head.bias"]}
+    save_file(state | decoder, tmp_path / "model.safetensors")
+    with pytest.raises(BadInput, match="has no decoder"):
+        open_weights(tmp_path)
+    decoder["lm_head.decoder.weight"] = state["roberta.embeddings.word_embeddings.weight"]
+    save_file(state | decoder, tmp_path / "model.safetensors")
+    assert "tied to" in open_weights(tmp_path).ignored["lm_head.decoder.weight"]
+    decoder["lm_head.decoder.weight"] = decoder["lm_head.decoder.weight"] * 2
+    save_file(state | decoder, tmp_path / "model.safetensors")
+    with pytest.raises(BadInput, match="ties the two"):
+        open_weights(tmp_path)
+
+
 def test_clip_wants_a_tower(saved):
     _, folder = saved("CLIPModel, text")
     for tower in (None, "audio"):
