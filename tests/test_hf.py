@@ -220,6 +220,31 @@ def test_outputs_equal_torch(saved, name):
             assert_close(*(x[real] if x.ndim == 3 else x for x in pair))
 
 
+OTHER_SIZES = [
+    "ViTModel",
+    "DeiTModel",
+    "Dinov2Model",
+    "Dinov2WithRegistersModel",
+    "CLIPVisionModel",
+]
+
+
+@pytest.mark.parametrize("size", [(48, 64), (16, 24)])
+@pytest.mark.parametrize("name", OTHER_SIZES)
+def test_other_image_sizes_resample_positions_as_torch_does(saved, name, size):
+    import torch
+
+    torch_model, folder = saved(name)
+    source = open_weights(folder)
+    images = np.random.default_rng(0).normal(size=(2, *size, 3)).astype(np.float32)
+    model = build(source)
+    ours = apply(model, variables_of(source, model, (images,)), (images,))
+    options = {} if "Dino" in name else {"interpolate_pos_encoding": True}
+    with torch.no_grad():
+        theirs = torch_model(torch.from_numpy(images).permute(0, 3, 1, 2), **options)
+    assert_close(ours.tokens, theirs.last_hidden_state)
+
+
 def whole_fields(model):
     """Return all fields of a model, as an exporter has them."""
     names = {field.name for field in fields_of(model)} - {"parent", "name"}
@@ -445,6 +470,24 @@ def test_left_over_poolers_are_named(saved, tmp_path):
     source = open_weights(tmp_path)
     assert "left over" in source.ignored[extra]
     jax.tree.map(np.testing.assert_array_equal, source.tree, open_weights(folder).tree)
+
+
+def test_an_untied_decoder_is_read_if_it_is_the_table(saved, tmp_path):
+    _, folder = saved("RobertaForMaskedLM")
+    state = load_file(folder / "model.safetensors")
+    config = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": False}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    decoder = {"lm_head.decoder.bias": state["lm_head.bias"]}
+    save_file(state | decoder, tmp_path / "model.safetensors")
+    with pytest.raises(BadInput, match="has no decoder"):
+        open_weights(tmp_path)
+    decoder["lm_head.decoder.weight"] = state["roberta.embeddings.word_embeddings.weight"]
+    save_file(state | decoder, tmp_path / "model.safetensors")
+    assert "tied to" in open_weights(tmp_path).ignored["lm_head.decoder.weight"]
+    decoder["lm_head.decoder.weight"] = decoder["lm_head.decoder.weight"] * 2
+    save_file(state | decoder, tmp_path / "model.safetensors")
+    with pytest.raises(BadInput, match="ties the two"):
+        open_weights(tmp_path)
 
 
 def test_clip_wants_a_tower(saved):

@@ -66,7 +66,7 @@ def _open_hf(files: tuple[Path, ...], config: Mapping[str, Any], tower: str | No
     state = {name: tensor for name, tensor in state.items() if name not in aside}
     tree, fields, ignored = read_tree(state, own, fields, str(files[0]))
     tied = own.get("tie_word_embeddings", True) or "mlm" not in tree["params"]
-    if not tied and not ignored.keys() & HF.tied.keys():
+    if not tied and not any(name in HF.tied and name.endswith(".weight") for name in ignored):
         raise BadInput(f"{origin}: tie_word_embeddings=False, but {files[0]} has no decoder")
     head, tokenizer = tree["params"].get("head"), inside / "tokenizer.json"
     return Source(

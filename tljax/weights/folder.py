@@ -40,7 +40,7 @@ def weights_files(folder: Path) -> tuple[Path, ...]:
             f"{folder} has no {ONE}; it holds: {', '.join(names[:8]) or 'nothing'}\n"
             f"expected a Hugging Face folder: config.json and {ONE}, or {INDEX} and its shards"
         )
-    return tuple(folder / name for name in dict.fromkeys(_shard_of(folder / INDEX).values()))
+    return tuple(folder / name for name in sorted(set(_shard_of(folder / INDEX).values())))
 
 
 def _shard_of(index: Path) -> dict[str, str]:

@@ -55,7 +55,7 @@ resnet                       stride_first      downsample_in_bottleneck   false 
 resnet                       downsample_first  downsample_in_first_stage  false                flag
 """
 """Kinds, field, key, what transformers takes where it is left out, and what it may be."""
-MAX_SIZE, MAX_COUNT, MAX_DEPTH = 1 << 24, 1 << 16, 512
+MAX_SIZE, MAX_COUNT, MAX_DEPTH = 1 << 24, 1 << 16, 256
 ACTIVATIONS = {
     "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "quick_gelu": "quick_gelu", "relu": "relu",
     "gelu_python": "gelu", "gelu_new": "gelu_tanh", "gelu_fast": "gelu_tanh",
