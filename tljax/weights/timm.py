@@ -14,9 +14,19 @@ from tljax.tree import matches
 from tljax.types import BadInput
 from tljax.weights.files import Tensors, open_safetensors, read_json, start_digest
 from tljax.weights.hf import TORCH
-from tljax.weights.table import Format, Leaf, Source, settle, shape_of, square, to_tljax
+from tljax.weights.table import (
+    Format,
+    Leaf,
+    Modules,
+    Source,
+    settle,
+    shape_of,
+    square,
+    to_tljax,
+)
 
-MODULES = TORCH | {
+MODULES: Modules = {
+    **TORCH,
     "bias": ((".bias", "params", "/bias", None),),
     "fused": ((".weight", "params", "/kernel", "(n o) i -> n i o"),),
     "fused_bias": ((".bias", "params", "/bias", "(n o) -> n o"),),
@@ -118,6 +128,10 @@ HANDLED = {
 """Those that tensors show, that are read below, or that change no output."""
 
 
+Facts = dict[str, Any]
+Guesses = dict[str, tuple[Any, str]]
+
+
 class Config(NamedTuple):
     """What a config.json says; without one, nothing."""
 
@@ -162,11 +176,11 @@ def open_timm(path: Path, given: Mapping[str, Any] | None = None) -> Source:
 def spell(fields: Mapping[str, Any]) -> tuple[Leaf, ...]:
     """Spell out the table for a model of these fields."""
     if "stages" in fields:
-        kinds = fields.get("stem", "imagenet"), "resnet", fields.get("shortcut", "conv")
+        kinds = [fields.get("stem", "imagenet"), "resnet", fields.get("shortcut", "conv")]
         if kinds[0] not in ("imagenet", "deep"):
             raise BadInput(f"timm has no stem {kinds[0]!r}: expected 'imagenet' or 'deep'")
     else:
-        kinds = "vit", "fc_norm" if fields.get("norm_pooled") else "norm"
+        kinds = ["vit", "fc_norm" if fields.get("norm_pooled") else "norm"]
     return tuple(leaf for kind in kinds for leaf in TIMM.spell(kind, fields))
 
 
@@ -207,10 +221,6 @@ def _compare(told: Mapping[str, Any], config: Config) -> None:
             raise BadInput(
                 f"{config.origin}: model_args.{name}={value!r}, but the tensors say {told[field]!r}"
             )
-
-
-Facts = dict[str, Any]
-Guesses = dict[str, tuple[Any, str]]
 
 
 def _read_vit(
@@ -385,7 +395,7 @@ def _read_preprocess(config: Config) -> dict[str, Any] | None:
         mode = weights.get("crop_mode") or "center"
         size = tuple(int(side) for side in weights.get("input_size", (3, 224, 224))[1:])
         scale = tuple(math.floor(side / (weights.get("crop_pct") or 0.875)) for side in size)
-        found = {"mean": tuple(weights["mean"]), "std": tuple(weights["std"]), "size": size}
+        found: Facts = {"mean": tuple(weights["mean"]), "std": tuple(weights["std"]), "size": size}
         whole = mode != "center" or scale[0] != scale[1]
         found |= {"resize": scale if whole else scale[0], "margins": "round"}
         found |= {"interpolation": weights.get("interpolation") or "bicubic"}
@@ -497,17 +507,24 @@ def _timm_resnet(model: Any) -> tuple[str, dict[str, Any], dict[str, Any]]:
 
 def _timm_preprocess(preprocess: Mapping[str, Any]) -> dict[str, Any]:
     """Say in timm's words how pictures are prepared; the inverse of `_read_preprocess`."""
-    found = {name: list(preprocess[name]) for name in ("mean", "std") if name in preprocess}
+    found: Facts = {name: list(preprocess[name]) for name in ("mean", "std") if name in preprocess}
     if "interpolation" in preprocess:
         found["interpolation"] = preprocess["interpolation"]
     resize, size = preprocess.get("resize"), preprocess.get("size")
     sides = (resize,) * 2 if isinstance(resize, int) else resize
     if not (sides and (size := size or sides)):
         return found
-    ratio = size[0] / sides[0]
-    percent = ratio if math.floor(size[0] / ratio) == sides[0] else math.nextafter(ratio, 0)
-    if tuple(math.floor(side / percent) for side in size) != tuple(sides):
-        raise BadInput(f"timm crops by one ratio: size={size} of resize={resize} are two")
     modes = {"stretch": "squash", "cover": "center", "contain": "border"}
     mode = "center" if isinstance(resize, int) else modes[preprocess.get("aspect", "stretch")]
+    percent = _crop_percent(tuple(size), tuple(sides))
     return found | {"input_size": [3, *size], "crop_pct": percent, "crop_mode": mode}
+
+
+def _crop_percent(size: tuple[int, int], sides: tuple[int, int]) -> float:
+    """Return the ratio, in few digits, by which timm divides `size` to get `sides`."""
+    largest = min(side / whole for side, whole in zip(size, sides, strict=True))
+    for digits in range(1, 17):
+        percent = round(largest, digits) if digits < 16 else math.nextafter(largest, 0)
+        if percent > 0 and tuple(math.floor(side / percent) for side in size) == sides:
+            return percent
+    raise BadInput(f"timm crops by one ratio, which size={size} of resize={sides} is not")
