@@ -133,7 +133,7 @@ GIVEN = {  # what a file alone cannot tell, or tells otherwise by the rules
     "siglip": {"activation": "gelu_tanh"},
     "relu": {"activation": "relu"},
     "quick clip": {"activation": "quick_gelu"},
-    "oblong": {"grid": (4, 3)},
+    "oblong": {"grid": (4, 3), "patch": (8, 16)},
 }
 
 

@@ -19,6 +19,7 @@ from tljax.weights.table import (
     Leaf,
     Modules,
     Source,
+    patch_of,
     settle,
     shape_of,
     square,
@@ -159,6 +160,9 @@ def open_timm(path: Path, given: Mapping[str, Any] | None = None) -> Source:
     fields, lines = settle(told, assumed, given)
     if "blocks.0.attn.q_norm.weight" in state:
         fields["qk_norm"] = given.get("qk_norm", fields["eps"])
+    heads, width = fields.get("heads", 1), fields["width"]
+    if not isinstance(heads, int) or heads < 1 or width % heads:
+        raise BadInput(f"{origin}: heads={heads!r} do not divide the width, {width}")
     tree, ignored = to_tljax(state, spell(fields), TIMM, origin)
     return Source(
         arch=arch,
@@ -227,7 +231,13 @@ def _read_vit(
     state: Tensors, config: Config, given: Mapping[str, Any], origin: str
 ) -> tuple[Facts, Guesses]:
     told = _vit_shape(state, origin)
-    told |= {"map_head": "attn_pool.latent" in state, "resample": "bicubic_antialias"}
+    tall, broad = shape_of(state, "patch_embed.proj.weight", 4, origin)[2:]
+    confirmed = given.get("patch", config.arguments.get("patch_size"))
+    told |= {
+        "patch": patch_of(tall, broad, confirmed, origin),
+        "map_head": "attn_pool.latent" in state,
+        "resample": "bicubic_antialias",
+    }
     assumed: Guesses = {}
     for facts, guesses in (
         _vit_details(state, told, config, origin),
@@ -241,7 +251,7 @@ def _read_vit(
 
 def _vit_shape(state: Tensors, origin: str) -> Facts:
     """Return what tensors tell."""
-    width, _, tall, broad = shape_of(state, "patch_embed.proj.weight", 4, origin)
+    width = shape_of(state, "patch_embed.proj.weight", 4, origin)[0]
     up, down = (shape_of(state, f"blocks.0.mlp.fc{i}.weight", 2, origin) for i in (1, 2))
     if up[0] != down[1]:
         raise BadInput(
@@ -253,7 +263,6 @@ def _vit_shape(state: Tensors, origin: str) -> Facts:
         "width": width,
         "depth": len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
         "mlp": up[0],
-        "patch": tall if tall == broad else (tall, broad),
         "patch_bias": "patch_embed.proj.bias" in state,
         "class_token": "cls_token" in state,
         "distilled": "dist_token" in state,
@@ -478,7 +487,7 @@ def _timm_vit(model: Any) -> tuple[str, dict[str, Any], dict[str, Any]]:
         "global_pool": pools[model.pool], "act_layer": model.activation,
     }  # fmt: skip
     classifier = ["head", "head_dist"] if model.distilled else "head"
-    traits = {"input_size": [3, *size], "fixed_input_size": True, "classifier": classifier}
+    traits: Facts = {"input_size": [3, *size], "fixed_input_size": True, "classifier": classifier}
     return names[model.eps], arguments, traits | {"first_conv": "patch_embed.proj"}
 
 
@@ -497,7 +506,7 @@ def _timm_resnet(model: Any) -> tuple[str, dict[str, Any], dict[str, Any]]:
             " expected 'imagenet' or 'deep', and 4"
         )
     channels = [model.channels(stage)[0] for stage in range(4)]
-    arguments = {"layers": list(model.stages), "channels": channels}
+    arguments: Facts = {"layers": list(model.stages), "channels": channels}
     if model.stem == "deep":
         arguments |= {"stem_type": "deep", "stem_width": model.width // 2}
     arguments |= {"avg_down": True} if model.shortcut == "avg" else {}
