@@ -361,10 +361,13 @@ def test_oblong_pictures_need_their_grid(tmp_path):
     model, pixels = OriginalViT("tok", patch=(8, 16)), images(2, 32, 48, 3)
     params = call(model.init, jax.random.key(0), pixels)["params"]
     path = save(tmp_path / "w.npz", flatten(params))
-    with pytest.raises(BadInput, match=r"12 rows(.|\n)*grid=") as caught:
-        open_npz_weights(path)
-    assert str(path) in str(caught.value)
-    source = open_npz_weights(path, {"grid": (4, 3)})
+    given = {}
+    for message, field in ((r"patch=\(8, 16\)", "patch"), (r"12 rows(.|\n)*grid=", "grid")):
+        with pytest.raises(BadInput, match=message) as caught:
+            open_npz_weights(path, given)
+        assert str(path) in str(caught.value)
+        given[field] = {"patch": (8, 16), "grid": (4, 3)}[field]
+    source = open_npz_weights(path, given)
     assert (source.fields["patch"], source.fields["grid"]) == ((8, 16), (4, 3))
     assert_close(run(source, pixels).tokens, call(model.apply, {"params": params}, pixels)[0])
 
@@ -408,6 +411,7 @@ def test_a_leaf_without_a_place_is_not_dropped_on_export(tmp_path):
 
 # Damage
 
+BLOCK, HEADS = "Transformer/encoderblock_1", "MultiHeadDotProductAttention_0"
 DENSE = "Transformer/encoderblock_1/MlpBlock_0/Dense_0/kernel"
 UNIT = "block1/unit02/conv2/kernel"
 
@@ -460,6 +464,10 @@ def test_a_damaged_array_is_refused_with_its_name(tmp_path, case, name, damage):
         (without("Transformer/encoderblock_0/LayerNorm_0/scale"), "missing"),
         (changed("Transformer/encoderblock_0/MultiHeadDotProductAttention_0/query/kernel",
                  lambda a: a.transpose(1, 0, 2)), "query kernel has shape"),
+        (changed(f"{BLOCK}/{HEADS}/key/bias", np.transpose),
+         "key/bias has shape"),
+        (changed(f"{BLOCK}/{HEADS}/out/kernel",
+                 lambda a: a.transpose(1, 0, 2)), "out/kernel has shape"),
         (lambda arrays: arrays | {"Transformer/encoderblock_0/LayerNorm_2/scale":
             arrays["Transformer/encoderblock_0/LayerNorm_1/scale"]}, "both are what|are both what"),
         (lambda arrays: {"params/" + n: a for n, a in arrays.items()} | {"stranger": np.ones(2)},

@@ -133,7 +133,7 @@ GIVEN = {  # what a file alone cannot tell, or tells otherwise by the rules
     "siglip": {"activation": "gelu_tanh"},
     "relu": {"activation": "relu"},
     "quick clip": {"activation": "quick_gelu"},
-    "oblong": {"grid": (4, 3)},
+    "oblong": {"grid": (4, 3), "patch": (8, 16)},
 }
 
 
@@ -232,9 +232,11 @@ def test_an_exported_folder_opens_in_timm_with_the_same_logits(timm, saved, tmp_
     assert second.preprocess == source.preprocess
     expected = timm.data.resolve_model_data_config(model)
     given = timm.data.resolve_model_data_config(again)
-    same = {"mean", "std", "interpolation", "crop_mode"}
-    assert {k: list(given[k]) for k in same} == {k: list(expected[k]) for k in same}
-    assert given["crop_pct"] == pytest.approx(expected["crop_pct"], abs=0.02)
+    for config in (given, expected):  # what the ratio does; its digits may differ
+        config["crop_pct"] = [side // config["crop_pct"] for side in config["input_size"][1:]]
+    same = {"mean", "std", "interpolation", "crop_mode", "crop_pct"}
+    listed = [[given[k], expected[k]] for k in same]
+    assert all(np.array_equal(ours, theirs) for ours, theirs in listed)
 
 
 @pytest.mark.parametrize("kind", ["vit_small_patch16_224", "resnet50"])
@@ -371,3 +373,18 @@ def test_names_and_pictures_are_read(saved, tmp_path):
     found = dict(source.preprocess)
     assert (found["size"], found["resize"], found["interpolation"]) == ((32, 32), 35, "bilinear")
     assert (found["mean"], found["std"]) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+
+
+@pytest.mark.parametrize("percent", [0.875, 0.9, 0.95, 0.965, 1.0, 0.7])
+@pytest.mark.parametrize("size", [(32, 32), (224, 224), (37, 91)])
+def test_preprocessing_is_said_again_as_it_was(saved, tmp_path, percent, size):
+    weights = {"mean": [0.5] * 3, "std": [0.5] * 3, "input_size": [3, *size], "crop_pct": percent}
+    for mode in ("center", "squash", "border"):
+        config = {"pretrained_cfg": weights | {"crop_mode": mode}}
+        path = rewrite(saved("deep stem")[1], tmp_path, config=lambda known, c=config: known | c)
+        source = open_timm(path)
+        again = to_timm_config("resnet", source.fields, None, source.preprocess)["pretrained_cfg"]
+        assert again["crop_mode"] == mode
+        config = {"pretrained_cfg": again}
+        path = rewrite(saved("deep stem")[1], tmp_path, config=lambda known, c=config: known | c)
+        assert open_timm(path).preprocess == source.preprocess

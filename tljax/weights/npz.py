@@ -21,6 +21,7 @@ from tljax.weights.table import (
     Leaf,
     Modules,
     Source,
+    patch_of,
     rename,
     settle,
     shape_of,
@@ -143,7 +144,8 @@ def open_npz_weights(path: Path, given: Mapping[str, Any] | None = None) -> Sour
     bit = any("block1/unit01/" in name for name in state)
     told, assumed = (_read_bit if bit else _read_vit)(state, given, origin)
     fields, lines = settle(told, assumed, given)
-    tree, ignored = to_tljax(state, _spell(state, fields), NPZ, origin)
+    leaves, heads = _spell(state, fields), fields.get("heads")
+    tree, ignored = to_tljax(state, leaves, NPZ, origin, heads)
     return Source(
         arch="resnet" if bit else "vit",
         fields=fields,
@@ -245,7 +247,7 @@ def _read_vit(state: Tensors, given: Mapping[str, Any], origin: str) -> tuple[Fa
     told = _block_shape(state, width, origin)
     told |= {
         "width": width,
-        "patch": tall if tall == broad else (tall, broad),
+        "patch": patch_of(tall, broad, given.get("patch"), origin),
         "class_token": token,
         "map_head": mapped,
         "resample": "bilinear",

@@ -79,6 +79,21 @@ def square(rows: int) -> tuple[int, int] | None:
     return (side, side) if side and side * side == rows else None
 
 
+def patch_of(tall: int, broad: int, confirmed: Any, origin: str) -> int | tuple[int, int]:
+    """Return the field `patch`; an oblong one may be a square one that was cut.
+
+    Raises: BadInput for an oblong one that nothing else confirms.
+    """
+    if tall == broad:
+        return tall
+    if not isinstance(confirmed, list | tuple) or tuple(confirmed) != (tall, broad):
+        raise BadInput(
+            f"{origin}: its patches have {tall} x {broad} pixels: if that is what they are, give"
+            f" the field patch=({tall}, {broad})"
+        )
+    return tall, broad
+
+
 class Leaf(NamedTuple):
     """One leaf with us and where it is found: `pattern` turns the foreign layout into ours.
 
@@ -144,7 +159,7 @@ def _parts(fields: Mapping[str, Any]) -> list[dict[str, Any]]:
     if "stages" not in fields:
         names = ("query", "key", "value")
         return [{"a": name, "q": name[0], "k": 0, "n": 1, "c": "a"} for name in names]
-    count = 3 if fields["bottleneck"] else 2
+    count = 3 if fields.get("bottleneck", True) else 2
     return [{"a": "", "q": "", "k": k, "n": k + 1, "c": "abc"[k]} for k in range(count)]
 
 
@@ -159,10 +174,15 @@ def _number_parts(leaves: list[Leaf]) -> Iterator[Leaf]:
 
 
 def to_tljax(
-    state: Tensors, leaves: tuple[Leaf, ...], form: Format, origin: str = "state"
+    state: Tensors,
+    leaves: tuple[Leaf, ...],
+    form: Format,
+    origin: str = "state",
+    heads: int | None = None,
 ) -> tuple[Tree, dict[str, str]]:
     """Rename and lay out foreign tensors as float32; also return what was left out, and why.
 
+    heads: the length of an axis of that name, where the format has one.
     Nothing is read yet but tied tensors; reading a leaf raises BadInput if it is not finite.
     Raises: BadInput naming `origin` and a tensor that is unknown, missing, of another rank or
     type than its place asks.
@@ -173,7 +193,12 @@ def to_tljax(
     ignored = {name: reason for name, reason in reasons.items() if reason}
     present = _account(origin, state.keys() - ignored.keys(), leaves, "foreign")
     count = _sharing(present)
-    tree = {x.ours: _laid_out(state[x.foreign], x, count[x.foreign], origin) for x in present}
+    tree = {}
+    for leaf in present:
+        lengths = {"n": count[leaf.foreign]} if leaf.part is not None else {}
+        if heads is not None and "heads" in (leaf.pattern or ""):
+            lengths["heads"] = heads
+        tree[leaf.ours] = _laid_out(state[leaf.foreign], leaf, lengths, origin)
     return unflatten(tree), ignored
 
 
@@ -229,7 +254,7 @@ def _last_read(tensor: Tensor) -> np.ndarray:
     return tensor.read()
 
 
-def _laid_out(tensor: Tensor, leaf: Leaf, count: int, origin: str) -> Tensor:
+def _laid_out(tensor: Tensor, leaf: Leaf, lengths: Mapping[str, int], origin: str) -> Tensor:
     """View a foreign tensor, or a part of it, in our layout; checks what its header tells."""
     where = f"{origin}: tensor {leaf.foreign}"
     if not jnp.issubdtype(tensor.dtype, jnp.floating):
@@ -238,7 +263,6 @@ def _laid_out(tensor: Tensor, leaf: Leaf, count: int, origin: str) -> Tensor:
     def arrange(array: np.ndarray) -> np.ndarray:
         if leaf.pattern is None:
             return array
-        lengths = {"n": count} if leaf.part is not None else {}
         stacked = rearrange(array, leaf.pattern, **lengths)
         return stacked if leaf.part is None else stacked[leaf.part]
 

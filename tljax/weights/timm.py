@@ -15,7 +15,17 @@ from tljax.types import BadInput
 from tljax.weights.files import Tensors, open_safetensors, read_json, start_digest
 from tljax.weights.hf import TORCH
 from tljax.weights.preprocess import from_timm, to_timm
-from tljax.weights.table import Format, Leaf, Modules, Source, settle, shape_of, square, to_tljax
+from tljax.weights.table import (
+    Format,
+    Leaf,
+    Modules,
+    Source,
+    patch_of,
+    settle,
+    shape_of,
+    square,
+    to_tljax,
+)
 
 MODULES: Modules = {
     **TORCH,
@@ -120,6 +130,10 @@ HANDLED = {
 """Those that tensors show, that are read below, or that change no output."""
 
 
+Facts = dict[str, Any]
+Guesses = dict[str, tuple[Any, str]]
+
+
 class Config(NamedTuple):
     """What a config.json says; without one, nothing."""
 
@@ -147,6 +161,9 @@ def open_timm(path: Path, given: Mapping[str, Any] | None = None) -> Source:
     fields, lines = settle(told, assumed, given)
     if "blocks.0.attn.q_norm.weight" in state:
         fields["qk_norm"] = given.get("qk_norm", fields["eps"])
+    heads, width = fields.get("heads", 1), fields["width"]
+    if not isinstance(heads, int) or heads < 1 or width % heads:
+        raise BadInput(f"{origin}: heads={heads!r} do not divide the width, {width}")
     tree, ignored = to_tljax(state, spell(fields), TIMM, origin)
     return Source(
         arch=arch,
@@ -167,13 +184,12 @@ def open_timm(path: Path, given: Mapping[str, Any] | None = None) -> Source:
 
 def spell(fields: Mapping[str, Any]) -> tuple[Leaf, ...]:
     """Spell out the table for a model of these fields."""
-    kinds: tuple[str, ...]
     if "stages" in fields:
-        kinds = fields.get("stem", "imagenet"), "resnet", fields.get("shortcut", "conv")
+        kinds = [fields.get("stem", "imagenet"), "resnet", fields.get("shortcut", "conv")]
         if kinds[0] not in ("imagenet", "deep"):
             raise BadInput(f"timm has no stem {kinds[0]!r}: expected 'imagenet' or 'deep'")
     else:
-        kinds = "vit", "fc_norm" if fields.get("norm_pooled") else "norm"
+        kinds = ["vit", "fc_norm" if fields.get("norm_pooled") else "norm"]
     return tuple(leaf for kind in kinds for leaf in TIMM.spell(kind, fields))
 
 
@@ -216,15 +232,17 @@ def _compare(told: Mapping[str, Any], config: Config) -> None:
             )
 
 
-Facts = dict[str, Any]
-Guesses = dict[str, tuple[Any, str]]
-
-
 def _read_vit(
     state: Tensors, config: Config, given: Mapping[str, Any], origin: str
 ) -> tuple[Facts, Guesses]:
     told = _vit_shape(state, origin)
-    told |= {"map_head": "attn_pool.latent" in state, "resample": "bicubic_antialias"}
+    tall, broad = shape_of(state, "patch_embed.proj.weight", 4, origin)[2:]
+    confirmed = given.get("patch", config.arguments.get("patch_size"))
+    told |= {
+        "patch": patch_of(tall, broad, confirmed, origin),
+        "map_head": "attn_pool.latent" in state,
+        "resample": "bicubic_antialias",
+    }
     assumed: Guesses = {}
     for facts, guesses in (
         _vit_details(state, told, config, origin),
@@ -238,7 +256,7 @@ def _read_vit(
 
 def _vit_shape(state: Tensors, origin: str) -> Facts:
     """Return what tensors tell."""
-    width, _, tall, broad = shape_of(state, "patch_embed.proj.weight", 4, origin)
+    width = shape_of(state, "patch_embed.proj.weight", 4, origin)[0]
     up, down = (shape_of(state, f"blocks.0.mlp.fc{i}.weight", 2, origin) for i in (1, 2))
     if up[0] != down[1]:
         raise BadInput(
@@ -250,7 +268,6 @@ def _vit_shape(state: Tensors, origin: str) -> Facts:
         "width": width,
         "depth": len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
         "mlp": up[0],
-        "patch": tall if tall == broad else (tall, broad),
         "patch_bias": "patch_embed.proj.bias" in state,
         "class_token": "cls_token" in state,
         "distilled": "dist_token" in state,
@@ -460,7 +477,7 @@ def _timm_vit(model: Any) -> tuple[str, dict[str, Any], dict[str, Any]]:
         "global_pool": pools[model.pool], "act_layer": model.activation,
     }  # fmt: skip
     classifier = ["head", "head_dist"] if model.distilled else "head"
-    traits = {"input_size": [3, *size], "fixed_input_size": True, "classifier": classifier}
+    traits: Facts = {"input_size": [3, *size], "fixed_input_size": True, "classifier": classifier}
     return names[model.eps], arguments, traits | {"first_conv": "patch_embed.proj"}
 
 
@@ -479,7 +496,7 @@ def _timm_resnet(model: Any) -> tuple[str, dict[str, Any], dict[str, Any]]:
             " expected 'imagenet' or 'deep', and 4"
         )
     channels = [model.channels(stage)[0] for stage in range(4)]
-    arguments: dict[str, Any] = {"layers": list(model.stages), "channels": channels}
+    arguments: Facts = {"layers": list(model.stages), "channels": channels}
     if model.stem == "deep":
         arguments |= {"stem_type": "deep", "stem_width": model.width // 2}
     arguments |= {"avg_down": True} if model.shortcut == "avg" else {}
