@@ -99,7 +99,7 @@ SAVED = {"some-layers": ["params/norm"], "clip-texts": ["params/projection"]}
 
 @pytest.fixture(scope="module")
 def torch_peft(tmp_path_factory):
-    """Return a function that trains an adapter in torch, and remembers it."""
+    """Return a function that trains an adapter in torch, and remembers it; skips without PEFT."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read as peft is imported
     pytest.importorskip("peft", reason="peft cannot be imported", exc_type=ImportError)
     folder, found = tmp_path_factory.mktemp("peft"), {}
@@ -587,6 +587,14 @@ def test_a_saved_module_must_fit_but_for_its_classes(tmp_path):
     assert tree["params"]["head"]["kernel"].shape == (8, 5)
     with pytest.raises(BadInput, match=r"shape \(9, 5\), the base model has \(8, 3\)"):
         graft(tmp_path, add(9), config, num_classes=3)
+
+
+def test_a_model_that_transformers_does_not_have_is_refused(tmp_path):
+    tree = graft(tmp_path)
+    with pytest.raises(BadInput, match=r"models of transformers: vit, .*not 'resnetv2'"):
+        graft_adapter(tree, read_adapter(tmp_path / "adapter"), "resnetv2", FIELDS)
+    with pytest.raises(BadInput, match=r"models of transformers: vit, .*not ''"):
+        to_peft(tree, "", FIELDS, None)
 
 
 @pytest.mark.parametrize(
