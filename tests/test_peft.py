@@ -11,6 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 from tljax.edits.lora import merge
 from tljax.models.bert import Bert
+from tljax.models.clip import ClipText
 from tljax.models.vit import ViT
 from tljax.tree import flatten, unflatten
 from tljax.types import BadInput
@@ -19,7 +20,7 @@ from tljax.weights.peft import base_of, graft_adapter, read_adapter, to_peft
 
 # PEFT itself reads an attribute that transformers has deprecated, whatever the adapter.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
-MODELS = {"vit": ViT, "bert": Bert}
+MODELS = {"vit": ViT, "bert": Bert, "clip_text": ClipText}
 CLOSE = 2e-5  # as in test_weights.py
 ENCODER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
 IMAGE = ENCODER | {"image_size": 16, "patch_size": 8}
@@ -30,12 +31,36 @@ CASES = {
     "BertForSequenceClassification": TEXT | {"num_labels": 3},
     "ViTModel": IMAGE | {"intermediate_size": 48, "add_pooling_layer": False},
     "BertModel": TEXT,
+    "DeiTForImageClassificationWithTeacher": IMAGE | {"intermediate_size": 48, "num_labels": 3},
+    "Dinov2WithRegistersForImageClassification": IMAGE | {"mlp_ratio": 2, "num_labels": 3},
+    "RobertaForSequenceClassification": TEXT | {"num_labels": 3, "type_vocab_size": 1},
+    "RobertaForTokenClassification": TEXT | {"num_labels": 3, "type_vocab_size": 1},
+    "DistilBertForSequenceClassification": {"dim": 32, "n_layers": 2, "n_heads": 4}
+    | {"hidden_dim": 48, "vocab_size": 60, "max_position_embeddings": 24, "num_labels": 3},
+    "CLIPVisionModel": IMAGE | {"intermediate_size": 48},
+    "CLIPVisionModelWithProjection": IMAGE | {"intermediate_size": 48, "projection_dim": 8},
+    "CLIPTextModelWithProjection": TEXT
+    | {"projection_dim": 8, "bos_token_id": 1, "eos_token_id": 59, "pad_token_id": 1},
 }
-VIT, DINO, BERT = list(CASES)[:3]
+VIT, DINO, BERT, _, _, DEIT, REGISTERS, ROBERTA, TAGGER, DISTIL, CLIP, IMAGES, TEXTS = CASES
+ALL = {"r": 3, "target_modules": "all-linear"}
 LORA = {
     "all-linear": (VIT, {"r": 3, "lora_alpha": 5, "target_modules": "all-linear"}),
-    "all-linear-dinov2": (DINO, {"r": 3, "target_modules": "all-linear"}),
-    "all-linear-bert": (BERT, {"r": 3, "target_modules": "all-linear"}),
+    "all-linear-dinov2": (DINO, ALL),
+    "all-linear-bert": (BERT, ALL),
+    "deit": (DEIT, ALL | {"modules_to_save": ["cls_classifier", "distillation_classifier"]}),
+    "registers": (REGISTERS, ALL | {"modules_to_save": ["classifier"]}),
+    "roberta": (ROBERTA, {"r": 3, "target_modules": ["query", "dense"], "task_type": "SEQ_CLS"}),
+    "all-linear-roberta": (ROBERTA, ALL),
+    "tagger": (TAGGER, ALL | {"modules_to_save": ["classifier"]}),
+    "distilbert": (
+        DISTIL,
+        {"r": 3, "target_modules": ["q_lin", "v_lin", "lin2"], "task_type": "SEQ_CLS"}
+        | {"modules_to_save": ["pre_classifier"]},
+    ),
+    "clip": (CLIP, ALL),
+    "clip-images": (IMAGES, ALL),
+    "clip-texts": (TEXTS, ALL | {"modules_to_save": ["text_projection"]}),
     "bare-vit": ("ViTModel", {"r": 3, "target_modules": ["q_proj", "o_proj", "mlp.fc1"]}),
     "bare-bert": ("BertModel", {"r": 3, "target_modules": ["query", "dense"]}),
     "rslora": (VIT, {"r": 6, "lora_alpha": 5, "use_rslora": True, "target_modules": ["v_proj"]}),
@@ -68,9 +93,13 @@ LORA = {
 }
 
 
+SAVED = {"some-layers": ["params/norm"], "clip-texts": ["params/projection"]}
+"""Modules saved whole that are no heads."""
+
+
 @pytest.fixture(scope="module")
 def torch_peft(tmp_path_factory):
-    """Return a function that trains an adapter in torch, and remembers it."""
+    """Return a function that trains an adapter in torch, and remembers it; skips without PEFT."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read as peft is imported
     pytest.importorskip("peft", reason="peft cannot be imported", exc_type=ImportError)
     folder, found = tmp_path_factory.mktemp("peft"), {}
@@ -89,7 +118,7 @@ def make_base(case, folder):
     import transformers
 
     torch.manual_seed(0)
-    kind = case[: case.index("For") if "For" in case else -len("Model")]
+    kind = case.partition("For")[0].partition("Model")[0]
     fields = dict(CASES[case])
     options = {x: fields.pop(x) for x in ("add_pooling_layer",) if x in fields}
     config = getattr(transformers, f"{kind}Config")(**fields)
@@ -114,6 +143,7 @@ def inputs_of(case):
     if "patch_size" in CASES[case]:
         return (rng.normal(size=(3, 16, 16, 3)).astype(np.float32),)
     ids = rng.integers(3, 60, (3, 11)).astype(np.int32)
+    ids[:, 3] = 59  # the end of text of CLIP
     return ids, (np.arange(11) < np.array([[11], [7], [4]])).astype(np.int32)
 
 
@@ -134,6 +164,8 @@ def outputs(model, case):
         found = forward(model.eval(), case)
     if "For" in case:
         return found.logits.numpy()
+    if case.endswith("Projection"):
+        return (found.image_embeds if case == IMAGES else found.text_embeds).numpy()
     return found.last_hidden_state.numpy()[real(case)]
 
 
@@ -158,7 +190,9 @@ def train_adapter(case, settings, folder):
     for _ in range(3):
         optimizer.zero_grad()
         found = forward(model, case)
-        (found.logits if "For" in case else found.last_hidden_state).square().sum().backward()
+        embeds = {IMAGES: "image_embeds", TEXTS: "text_embeds"}
+        name = "logits" if "For" in case else embeds.get(case, "last_hidden_state")
+        found[name].square().sum().backward()
         optimizer.step()
     model.save_pretrained(folder / "adapter")
     after = outputs(model, case)
@@ -181,6 +215,8 @@ def model_of(source, tree, **fields):
 def run(model, tree, case):
     with jax.default_matmul_precision("highest"):
         output = jax.jit(model.apply)(jax.tree.map(jnp.asarray, tree), *inputs_of(case))
+    if case.endswith("Projection"):
+        return output.pooled
     return output.logits if "For" in case else output.tokens[real(case)]
 
 
@@ -206,11 +242,9 @@ def test_an_adapter_written_here_gives_the_same_in_peft(torch_peft, name, tmp_pa
 
     case, folder, _, after = torch_peft(name)
     source, kind, tree = grafted(folder)
-    saved = [x for x in ("params/norm",) if "layernorm" in LORA[name][1].get("modules_to_save", [])]
-    fields = vars(model_of(source, tree))
+    fields, saved = vars(model_of(source, tree)), SAVED.get(name, ())
     tensors, config = to_peft(tree, kind, fields, str(folder / "base"), saved=saved)
-    save_file(tensors, tmp_path / "adapter_model.safetensors")
-    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    write(tmp_path, tensors, config)
     model = peft.PeftModel.from_pretrained(open_base(case, folder / "base"), tmp_path)
     assert_close(outputs(model, case), after)
     theirs = load_file(folder / "adapter" / "adapter_model.safetensors")
@@ -249,11 +283,14 @@ BY_HAND = {
     },
     BERT: {},
 }  # fmt: skip
+BY_HAND |= {DEIT: BY_HAND[VIT], REGISTERS: BY_HAND[DINO]}
 """Names of transformers 5 in memory -> those of 4.x."""
 
 
 @pytest.mark.torch
-@pytest.mark.parametrize("name", ["all-linear", "all-linear-dinov2", "all-linear-bert", "ranks"])
+@pytest.mark.parametrize(
+    "name", ["all-linear", "all-linear-dinov2", "all-linear-bert", "ranks", "deit", "registers"]
+)
 def test_both_namings_are_read_and_written(torch_peft, name):
     case, folder, _, _ = torch_peft(name)
 
@@ -299,6 +336,33 @@ def test_an_adapter_brings_the_head_that_its_base_lacks(torch_peft, tmp_path):
     tree = graft_adapter(source.tree, read_adapter(folder / "adapter"), "bert", source.fields)
     model = model_of(source, tree, pool="pooler")
     assert_close(run(model, jax.tree.map(np.asarray, tree), case), after)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("name", ["ranks", "bare-bert", "roberta"])
+def test_peft_finds_the_class_of_the_base_by_itself(torch_peft, name, tmp_path):
+    import peft
+
+    case, folder, _, after = torch_peft(name)
+    source, kind, tree = grafted(folder)
+    fields = vars(model_of(source, tree))
+    write(tmp_path, *to_peft(tree, kind, fields, str(folder / "base")))
+    assert_close(outputs(peft.AutoPeftModel.from_pretrained(tmp_path), case), after)
+
+
+@pytest.mark.torch
+def test_each_tower_takes_its_own_part_of_a_clip_adapter(torch_peft):
+    towers = {"clip-images": "vision_model.", "clip-texts": "text_model."}
+    both = {}
+    for name in towers:
+        _, folder, _, _ = torch_peft(name)
+        both |= load_file(folder / "adapter" / "adapter_model.safetensors")
+    for name in towers:
+        case, folder, _, after = torch_peft(name)
+        config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
+        write(folder / "both", both, config | {"target_modules": "all-linear"})
+        source, _, tree = grafted(folder, "both")
+        assert_close(run(model_of(source, tree), tree, case), after)
 
 
 @pytest.mark.torch
@@ -523,6 +587,14 @@ def test_a_saved_module_must_fit_but_for_its_classes(tmp_path):
     assert tree["params"]["head"]["kernel"].shape == (8, 5)
     with pytest.raises(BadInput, match=r"shape \(9, 5\), the base model has \(8, 3\)"):
         graft(tmp_path, add(9), config, num_classes=3)
+
+
+def test_a_model_that_transformers_does_not_have_is_refused(tmp_path):
+    tree = graft(tmp_path)
+    with pytest.raises(BadInput, match=r"models of transformers: vit, .*not 'resnetv2'"):
+        graft_adapter(tree, read_adapter(tmp_path / "adapter"), "resnetv2", FIELDS)
+    with pytest.raises(BadInput, match=r"models of transformers: vit, .*not ''"):
+        to_peft(tree, "", FIELDS, None)
 
 
 @pytest.mark.parametrize(

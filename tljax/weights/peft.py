@@ -4,20 +4,18 @@ An adapter names modules as the transformers that trained it did in memory.  Ver
 of them, while the files of whole models keep the names of 4.x: both namings are read and written.
 """
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from math import sqrt
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from tljax.tree import flatten, nearest, unflatten
 from tljax.types import BadInput, Tree
 from tljax.weights.files import Tensors, open_safetensors, read_json, start_digest
-from tljax.weights.hf import HF, HF5, PREFIXES, file_of, unread
+from tljax.weights.hf import ARCHS, HF, HF5, PREFIXES, file_of, unread
+from tljax.weights.peft_config import Settings, describe, parse
 from tljax.weights.table import HEADS, Leaf, to_foreign, to_tljax
 
 ROOT = "base_model.model."
@@ -26,72 +24,6 @@ PLAIN = replace(HF, ignored={}, tied={}, renamed={})  # an adapter holds nothing
 FORMATS = {"5": HF5, "4": HF}
 """Major version of transformers -> names that it has in memory."""
 FRESH = ("head", "teacher", "sequence")  # sections that a base model need not have
-PEFT_VERSION = "0.21.2"  # that the tests open adapters with
-
-
-def _leaves_the_base_alone(value: Any) -> Any:
-    if value not in (True, False, None, "gaussian", "eva", "orthogonal", "mica"):
-        raise ValueError(
-            "this start moves the base weights too, so the factors alone are not what was trained; "
-            "in torch, save_pretrained(.., path_initial_model_for_weight_conversion=..) turns the "
-            "adapter into plain LoRA"
-        )
-    return value
-
-
-Rank = Annotated[int, Field(gt=0)]
-Alpha = Annotated[float, Field(ge=-1e6, le=1e6)]
-
-
-class Settings(BaseModel):
-    """What tljax reads of an adapter_config.json; of anything else only that it is off."""
-
-    model_config = ConfigDict(extra="allow", frozen=True, strict=True, allow_inf_nan=False)
-    peft_type: Literal["LORA"]
-    base_model_name_or_path: str | None = None
-    r: Rank = 8
-    lora_alpha: Alpha = 8
-    lora_dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    use_rslora: bool = False
-    use_dora: bool = False
-    rank_pattern: dict[str, Rank] | None = None
-    alpha_pattern: dict[str, Alpha] | None = None
-    target_modules: list[str] | str | None = None
-    modules_to_save: list[str] | None = None
-    bias: Literal["none"] = "none"
-    init_lora_weights: Annotated[Any, AfterValidator(_leaves_the_base_alone)] = True
-    # Which of the targets have factors: the tensors say so themselves.
-    exclude_modules: Any = None
-    layers_to_transform: Any = None
-    layers_pattern: Any = None
-    # Of no effect on what the adapter computes.
-    task_type: Any = None
-    auto_mapping: Any = None
-    revision: Any = None
-    peft_version: Any = None
-    inference_mode: Any = None
-    eva_config: Any = None
-    megatron_core: Any = None
-    qalora_group_size: Any = None
-
-    def targets(self, module: str) -> bool:
-        """Tell whether a list of targets names a module; a pattern is not judged."""
-        if not isinstance(self.target_modules, list):
-            return True
-        return any(_ends(entry, module) for entry in self.target_modules)
-
-    def targets_all(self) -> bool:
-        """Tell whether every module of the encoder that is named must have factors."""
-        partly = (self.exclude_modules, self.layers_to_transform)
-        return isinstance(self.target_modules, list) and not any(
-            x not in (None, []) for x in partly
-        )
-
-    def saves(self, tensor: str) -> list[str]:
-        """List the entries of `modules_to_save` that a tensor lies below."""
-        parts = tensor.split(".")
-        above = [".".join(parts[:end]) for end in range(1, len(parts))]
-        return [x for x in self.modules_to_save or () if any(path.endswith(x) for path in above)]
 
 
 @dataclass(frozen=True)
@@ -131,48 +63,9 @@ def read_adapter(folder: str | Path) -> Adapter:
                 f"{folder} has no {path.name}; it holds: {', '.join(there[:8]) or 'nothing'}"
                 + ("\nadapter_model.bin is a pickle, which is never opened" * pickled)
             )
-    settings = _parse(read_json(config), str(config))
+    settings = parse(read_json(config), str(config))
     tensors, _ = open_safetensors(weights)
     return Adapter(str(weights), tensors, settings, start_digest(weights))
-
-
-def _parse(values: Mapping[str, Any], origin: str) -> Settings:
-    try:
-        settings = Settings.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        place, reason = str(first["loc"][0]), first["msg"].removeprefix("Value error, ")
-        given = f"={values[place]!r:.80}" if place in values else ""
-        raise BadInput(f"{origin}: {place}{given}: {reason}") from None
-    empty: tuple[Any, ...] = (None, False, {}, [])
-    on = [
-        f"{name:.80}={x!r:.80}"
-        for name, x in (settings.model_extra or {}).items()
-        if x not in empty
-    ]
-    if on:
-        raise BadInput(f"{origin}: {', '.join(on[:3])}: tljax reads LoRA, rsLoRA and DoRA only")
-    for pattern in [*(settings.rank_pattern or ()), *(settings.alpha_pattern or ())]:
-        if not pattern.removeprefix("^").replace(".", "").replace("_", "").isalnum():
-            raise BadInput(
-                f"{origin}: {pattern!r:.80} in rank_pattern or alpha_pattern is no name of a "
-                "module; tljax reads names there, or their last parts, and no patterns"
-            )
-    return settings
-
-
-def _ends(entry: str, module: str) -> bool:
-    """Tell whether an entry is the name of a module, or whole parts at its end."""
-    return f".{module}".endswith(f".{entry}")
-
-
-def _chosen(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    """Return the value of the first pattern that names a module; "^" binds it to the start."""
-    for pattern, value in (patterns or {}).items():
-        whole = pattern.startswith("^")
-        if module == pattern[1:] if whole else _ends(pattern, module):
-            return value
-    return default
 
 
 def _below_root(leaves: Iterable[Leaf]) -> list[Leaf]:
@@ -192,6 +85,11 @@ def _factors(table: Iterable[Leaf], dora: bool) -> list[tuple[str, tuple[Leaf, .
             )
             found.append((module.removeprefix(ROOT), tuple(leaves)))
     return found
+
+
+def _check_kind(kind: str) -> None:
+    if kind not in ARCHS:
+        raise BadInput(f"adapters are for models of transformers: {', '.join(ARCHS)}; not {kind!r}")
 
 
 def _recognise(adapter: Adapter, kind: str, fields: Mapping[str, Any]) -> list[Leaf]:
@@ -222,6 +120,7 @@ def _expected(adapter: Adapter, table: list[Leaf]) -> list[Leaf]:
 
     Raises: BadInput for factors that the settings do not name, and the other way about.
     """
+    _refuse_elsewhere(adapter, table)
     settings, origin = adapter.settings, adapter.origin
     leaves = []
     for module, factors in _factors(table, settings.use_dora):
@@ -234,15 +133,6 @@ def _expected(adapter: Adapter, table: list[Leaf]) -> list[Leaf]:
             )
         section = "body" if must else f"LoRA of {module}"
         leaves += [leaf._replace(section=section) for leaf in factors]
-    dense = {module for module, _ in _factors(table, False)}
-    for name in sorted(adapter.tensors):
-        module, lora, _ = name.removeprefix(ROOT).partition(".lora_")
-        if (
-            lora
-            and module not in dense
-            and any(x.foreign.startswith(f"{ROOT}{module}.") for x in table)
-        ):
-            raise BadInput(f"{origin}: {name} is LoRA on what is no dense layer")
     names = {leaf: settings.saves(leaf.foreign.removeprefix(ROOT)) for leaf in table}
     for entry in settings.modules_to_save or ():
         below = [leaf.foreign for leaf in table if entry in names[leaf]]
@@ -251,14 +141,23 @@ def _expected(adapter: Adapter, table: list[Leaf]) -> list[Leaf]:
     return leaves + [leaf for leaf in table if names[leaf]]
 
 
+def _refuse_elsewhere(adapter: Adapter, table: list[Leaf]) -> None:
+    """Raise BadInput for LoRA on embeddings, convolutions or norms."""
+    dense = {module for module, _ in _factors(table, False)}
+    modules = {leaf.foreign.removeprefix(ROOT).rpartition(".")[0] for leaf in table}
+    for name in sorted(adapter.tensors):
+        if name.removeprefix(ROOT).partition(".lora_")[0] in modules - dense:
+            raise BadInput(f"{adapter.origin}: {name} is LoRA on what is no dense layer")
+
+
 def graft_adapter(tree: Tree, adapter: Adapter, kind: str, fields: Mapping[str, Any]) -> Tree:
     """Add the adapter's factors beside their kernels, and put in the modules it saved whole.
 
-    `{kernel}  ->  {kernel, lora: {a, b, scale, rate}}`, with `magnitude` for DoRA.  scale is
-    alpha / r, or alpha / sqrt(r) for rsLoRA (Kalajdzievski 2023, arXiv 2312.03732, theorem 3.2).
-    `kind` and `fields` are those of the base model in Hugging Face's words and in ours.
+    `{kernel}  ->  {kernel, lora: {a, b, scale, rate}}`, with `magnitude` for DoRA.  `kind` is the
+    base model's type in transformers; `fields` are its own with us, heads or none.
     Raises: BadInput for a tensor that has no place, is missing, or does not fit its kernel.
     """
+    _check_kind(kind)
     adapter = _without_others(adapter, kind)
     table = _recognise(adapter, kind, fields)
     leaves = _expected(adapter, table)
@@ -273,7 +172,13 @@ def graft_adapter(tree: Tree, adapter: Adapter, kind: str, fields: Mapping[str, 
         if first.foreign in adapter.tensors:
             own = first.ours.removesuffix("/a")
             rank = _check_factors(own, new, old, f"{adapter.origin}: {first.foreign}")
-            new |= _scalars(adapter, module, rank, own)
+            if rank != (told := adapter.settings.rank_of(module)):
+                raise BadInput(
+                    f"{adapter.origin}: {first.foreign} is of rank {rank}, "
+                    f"but r and rank_pattern of its adapter_config.json say {told}"
+                )
+            new[f"{own}/scale"] = np.float32(adapter.settings.scale_of(module))
+            new[f"{own}/rate"] = np.float32(adapter.settings.lora_dropout)
     return unflatten(old | {path: np.asarray(leaf) for path, leaf in new.items()})
 
 
@@ -317,20 +222,6 @@ def _check_factors(own: str, new: Mapping[str, Any], old: Mapping[str, Any], ori
     return rank
 
 
-def _scalars(adapter: Adapter, module: str, rank: int, own: str) -> dict[str, np.ndarray]:
-    settings = adapter.settings
-    told = _chosen(settings.rank_pattern, module, settings.r)
-    if rank != told:
-        raise BadInput(
-            f"{adapter.origin}: the factors of {module} are of rank {rank}, "
-            f"but r and rank_pattern of its adapter_config.json say {told}"
-        )
-    alpha = _chosen(settings.alpha_pattern, module, settings.lora_alpha)
-    scale = alpha / (sqrt(rank) if settings.use_rslora else rank)
-    scalars = {"scale": scale, "rate": settings.lora_dropout}
-    return {f"{own}/{name}": np.asarray(x, np.float32) for name, x in scalars.items()}
-
-
 def to_peft(
     tree: Tree,
     kind: str,
@@ -347,6 +238,7 @@ def to_peft(
     heads, which tell the class of transformers.  rsLoRA goes out as LoRA of the same scale.
     Raises: BadInput for what an adapter has no place for.
     """
+    _check_kind(kind)
     values = flatten(tree)
     lora = {path: x for path, x in values.items() if path.split("/")[-2] == "lora"}
     if not lora:
@@ -359,7 +251,7 @@ def to_peft(
     chosen = {path: x for path, x in lora.items() if not path.endswith(("/scale", "/rate"))}
     chosen |= {leaf.ours: values[leaf.ours] for group in whole.values() for leaf in group}
     tensors = to_foreign(unflatten(chosen), tuple(leaves), fields)
-    config = _describe({m: x[0].ours.removesuffix("/a") for m, x in factors.items()}, lora)
+    config = describe({m: x[0].ours.removesuffix("/a") for m, x in factors.items()}, lora)
     config |= {"base_model_name_or_path": base, "modules_to_save": sorted(whole) or None}
     config |= {"auto_mapping": {"base_model_class": cls, "parent_library": "transformers"}}
     return tensors, config | {"use_dora": dora}
@@ -404,27 +296,3 @@ def _saved(
                 f"and {module} holds {others[0].foreign} as well"
             )
     return {module.removeprefix(ROOT): leaves for module, leaves in found.items()}
-
-
-def _describe(places: Mapping[str, str], lora: Mapping[str, Any]) -> dict[str, Any]:
-    """Make an adapter_config.json for modules and where their factors lie."""
-    ranks = {module: lora[f"{own}/a"].shape[1] for module, own in places.items()}
-    alphas = {m: _alpha(float(lora[f"{own}/scale"]), ranks[m]) for m, own in places.items()}
-    rates = sorted({float(np.float32(lora[f"{own}/rate"])) for own in places.values()})
-    if len(rates) > 1:
-        raise BadInput(f"an adapter has one dropout rate; the tree has {rates}")
-    rank, alpha = (Counter(x.values()).most_common(1)[0][0] for x in (ranks, alphas))
-    return {
-        "peft_type": "LORA", "peft_version": PEFT_VERSION, "task_type": None, "bias": "none",
-        "r": rank, "rank_pattern": {m: x for m, x in ranks.items() if x != rank},
-        "lora_alpha": alpha, "alpha_pattern": {m: x for m, x in alphas.items() if x != alpha},
-        "lora_dropout": float(str(np.float32(rates[0]))), "use_rslora": False,
-        "target_modules": sorted(places), "fan_in_fan_out": False, "init_lora_weights": True,
-        "inference_mode": True, "revision": None,
-    }  # fmt: skip
-
-
-def _alpha(scale: float, rank: int) -> float:
-    """Return the alpha that gives this scale, a whole one if there is."""
-    whole = round(scale * rank)
-    return whole if np.float32(whole / rank) == np.float32(scale) else scale * rank
