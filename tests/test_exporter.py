@@ -54,6 +54,7 @@ def strict(caplog):
     logger.addHandler(caplog.handler)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`")  # peft's own, of any model
         yield
     logger.removeHandler(caplog.handler)
     said = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
@@ -207,7 +208,7 @@ def test_an_export_that_computes_something_else_is_not_left_behind(tmp_path, mon
     pre = assemble(made("vit", LABELS), "")
     wrong = map_with_path(lambda _, x: x * 1.1, pre.variables)
     monkeypatch.setattr("tljax.exporter.load", lambda path: assemble(made("vit", LABELS), ""))
-    with pytest.raises(BadInput, match="other logits"):
+    with pytest.raises(BadInput, match="other (pooled|logits)"):
         from dataclasses import replace
 
         export(replace(pre, variables=wrong), tmp_path / "wrong")

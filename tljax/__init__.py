@@ -9,12 +9,9 @@ from typing import Any
 
 def __getattr__(name: str) -> Any:
     """Find what the package offers when it is asked for: importing tljax costs nothing."""
-    if name in ("load", "Pretrained"):
-        from tljax import pretrained
-
-        return getattr(pretrained, name)
-    if name == "export":
+    if name in ("load", "export", "Pretrained"):
         from tljax.exporter import export
+        from tljax.pretrained import Pretrained, load
 
-        return export
+        return {"load": load, "export": export, "Pretrained": Pretrained}[name]
     raise AttributeError(f"module 'tljax' has no attribute {name!r}")

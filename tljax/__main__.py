@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -86,7 +87,7 @@ def run(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
         with precision(config):
             experiment = build(config)
             if arguments.verb == "train":
-                print(to_json(train.train(experiment, arguments.workdir)))
+                print(to_json(train.train(experiment, arguments.workdir, arguments.command)))
             else:
                 print(train.tables(experiment))
                 print(train.plan(experiment, train.compile_step(experiment)))
@@ -115,6 +116,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser()
     arguments, rest = parser.parse_known_args(argv)
     overrides = overrides_of(rest, arguments.verb, parser)
+    arguments.command = shlex.join(["tljax", *(sys.argv[1:] if argv is None else argv)])
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     # A program that was compiled once starts at once; jax reads this when it is imported.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache/tljax/jax"))

@@ -36,6 +36,9 @@ from tljax.weights import Source
 DECIDED = {"parent", "name", "dtype", "num_classes", "mlm", "tokens", "tree", "source", "last_read"}
 """Arguments that the data, the task or the build decide: no option of a config."""
 CHANCES = {"dropout", "drop_path"}
+CLASSES = ("head", "head_dist")
+POOLING = ("mlm", "pooler", "map", "projection")
+"""Parts above the body: those that know the classes, and those that a file may lack."""
 MAY_BE_ZERO = {"registers", "types", "pad", "eot"}
 """Counts that may be none, and token ids."""
 
@@ -195,10 +198,9 @@ def load_edit(
     """Match a source to the model's tree; heads for other labels start fresh."""
     same_task = labels is not None and source.labels == labels
     have, want = flatten(source.tree), flatten(abstract)
-    heads = [path for path in {**have, **want} if path.split("/")[1] in ("head", "mlm", "pooler")]
-    reset = [
-        path for path in heads if path in want and path.split("/")[1] == "head" and not same_task
-    ]
+    tops = {path: path.split("/")[1] for path in {**have, **want}}
+    heads = [path for path, top in tops.items() if top in POOLING or top in CLASSES]
+    reset = [path for path in heads if path in want and tops[path] in CLASSES and not same_task]
     fresh = [(path, "not in the source") for path in heads if path not in have]
     fresh += [(path, "head of a new task") for path in reset if path in have]
     ignored = [(path, "the model has no such head") for path in heads if path not in want]

@@ -67,7 +67,7 @@ def _training(run: Mapping[str, Any]) -> str:
         f"{config['seed']}, on {run['device']}",
         f"- {', '.join(f'{name} {version}' for name, version in run['versions'].items())}",
         f"- code: commit {run['git'] or 'unknown'}\n",
-        "```\n" + run["command"] + "\n```\n" if "command" in run else "",
+        "```\n" + run["command"] + "\n```\n" if run.get("command") else "",
         "<details><summary>its whole config</summary>\n",
         f"```json\n{json.dumps(config, indent=2)}\n```\n\n</details>\n",
     ]

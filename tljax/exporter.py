@@ -18,7 +18,7 @@ from tljax.layers import choose
 from tljax.models import MODELS
 from tljax.pretrained import FIXTURE, NOTE, Pretrained, close, example_inputs, load, outputs
 from tljax.source import ADAPTER, open_source
-from tljax.tree import flatten, map_with_path
+from tljax.tree import flatten, map_with_path, unflatten
 from tljax.types import BadInput, Tree
 from tljax.weights import hf, npz, peft, timm
 from tljax.weights.files import DTYPES
@@ -140,8 +140,12 @@ def whole(folder: Path) -> Iterator[Path]:
 
 
 def write_weights(path: Path, tensors: Mapping[str, np.ndarray], kind: Any) -> None:
-    """Write the tensors in the file's type."""
-    cast = {name: np.ascontiguousarray(x).astype(kind) for name, x in tensors.items()}
+    """Write the tensors, numbers with fractions in the file's type."""
+    fractions = {name: np.issubdtype(x.dtype, np.floating) for name, x in tensors.items()}
+    cast = {
+        name: np.array(x, kind if fractions[name] else x.dtype, order="C")
+        for name, x in tensors.items()
+    }
     if path.suffix == ".npz":
         npz.write_npz(path, cast)
     else:
@@ -194,14 +198,17 @@ def to_transformers(pre: Pretrained, tree: Tree, naming: str, base: str | None) 
     fields = fields_of(pre)
     kind = kind_in_hf(pre, fields)
     name, leaves = hf.file_of(kind, fields)
-    tensors = to_foreign(tree, leaves, fields)
+    held = {leaf.ours for leaf in leaves}
+    kept = {path: leaf for path, leaf in flatten(tree).items() if path in held}
+    tensors = to_foreign(unflatten(kept), leaves, fields)
     tensors |= hf.fillers(kind, tensors, fields.get("width", 0))
     documents = {"config.json": to_config(pre.source.arch, fields, pre.labels, kind)}
-    notes: tuple[str, ...] = ()
+    left = sorted(flatten(tree).keys() - held)  # a pooler that nothing reads
+    notes = tuple(f"{path} is left out: {name} does not read it" for path in left)
     if pre.preprocess:
         own = asdict(pre.preprocess)
         documents["preprocessor_config.json"] = to_hf(own)
-        notes = tuple(filter(None, [shift(own, "hf")]))
+        notes += tuple(filter(None, [shift(own, "hf")]))
     return Written(tensors, "model.safetensors", documents, notes, {"auto": name})
 
 

@@ -105,19 +105,29 @@ def assemble(
     model = MODELS[source.arch](**chosen)
     target = target_of(model, tree)
     values, report = match(tree, target, adapted=adapted, **head_rules(tree, target))
-    preprocess = Preprocess.read(source.preprocess) if source.arch in ("vit", "resnet") else None
-    if preprocess and image_size is not None:
-        preprocess = preprocess.at(image_size)
     return Pretrained(
         model=model,
         variables=place(values, target, mesh),
-        preprocess=preprocess,
+        preprocess=preprocess_of(source, model, image_size),
         tokenizer=Tokenizer.from_file(source.tokenizer) if source.tokenizer else None,
         labels=source.labels if chosen["num_classes"] == len(source.labels or ()) else None,
         report=report,
         source=source,
         verified=verified,
     )
+
+
+def preprocess_of(
+    source: Source, model: nn.Module, image_size: int | tuple[int, int] | None
+) -> Preprocess | None:
+    """Return what pictures go through: at the size that is asked for, else the source's own."""
+    if source.arch not in ("vit", "resnet"):
+        return None
+    own = Preprocess.read(source.preprocess)
+    if image_size is None and own.size is None and own.resize is None:
+        sides = example_inputs(model)[0].shape[1:3] if source.arch == "vit" else (224, 224)
+        image_size = sides[0] if sides[0] == sides[1] else sides
+    return own if image_size is None else own.at(image_size)
 
 
 def head_fields(source: Source, num_classes: int | None) -> dict[str, Any]:
