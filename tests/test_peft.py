@@ -460,6 +460,7 @@ def test_an_adapter_lies_beside_its_kernels(tmp_path):
         ({"init_lora_weights": "loftq"}, "moves the base"),
         ({"rank_pattern": {".*query": 2}}, r"'\.\*query' in rank_pattern"),
         ({"alpha_pattern": {"(query|key)": 2}}, "no name of a module"),
+        ({"alpha_pattern": {"self.quer": 2}}, "names no module with LoRA .nearest: .*query"),
         ({"r": 3}, "of rank 2, but r and rank_pattern .* say 3"),
         ({"rank_pattern": {"1.attention.self.key": 4}}, "of rank 2, .* say 4"),
         ({"target_modules": ["query"]}, r"key\.lora_A\.weight is there, but target_modules"),

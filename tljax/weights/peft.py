@@ -65,6 +65,13 @@ def read_adapter(folder: str | Path) -> Adapter:
             )
     settings = parse(read_json(config), str(config))
     tensors, _ = open_safetensors(weights)
+    parts = [name.removeprefix(ROOT).partition(".lora_") for name in tensors]
+    modules = [module for module, lora, _ in parts if lora]
+    if dead := settings.dead(modules):
+        raise BadInput(
+            f"{config}: {dead[0]!r:.80} in rank_pattern or alpha_pattern names no module with "
+            f"LoRA (nearest: {nearest(dead[0], modules)})"
+        )
     return Adapter(str(weights), tensors, settings, start_digest(weights))
 
 

@@ -1,7 +1,7 @@
 """PEFT's adapter_config.json: checked on the way in, made on the way out."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from math import sqrt
 from typing import Annotated, Any, Literal
 
@@ -19,13 +19,14 @@ def _ends(entry: str, module: str) -> bool:
     return f".{module}".endswith(f".{entry}")
 
 
+def _names(pattern: str, module: str) -> bool:
+    """Tell whether a pattern is the name of a module, or its end; "^" binds it to the start."""
+    return module == pattern[1:] if pattern.startswith("^") else _ends(pattern, module)
+
+
 def _chosen(patterns: Mapping[str, Any] | None, module: str, default: Any) -> Any:
-    """Return the value of the first pattern that names a module; "^" binds it to the start."""
-    for pattern, value in (patterns or {}).items():
-        whole = pattern.startswith("^")
-        if module == pattern[1:] if whole else _ends(pattern, module):
-            return value
-    return default
+    found = (value for pattern, value in (patterns or {}).items() if _names(pattern, module))
+    return next(found, default)
 
 
 def _leaves_the_base_alone(value: Any) -> Any:
@@ -89,6 +90,11 @@ class Settings(BaseModel):
         parts = tensor.split(".")
         above = [".".join(parts[:end]) for end in range(1, len(parts))]
         return [x for x in self.modules_to_save or () if any(path.endswith(x) for path in above)]
+
+    def dead(self, modules: Collection[str]) -> list[str]:
+        """List the patterns that name none of the modules."""
+        patterns = [*(self.rank_pattern or ()), *(self.alpha_pattern or ())]
+        return [x for x in patterns if not any(_names(x, module) for module in modules)]
 
     def rank_of(self, module: str) -> int:
         """Return the rank that the factors of a module must have."""
