@@ -208,7 +208,7 @@ def test_an_export_that_computes_something_else_is_not_left_behind(tmp_path, mon
     pre = assemble(made("vit", LABELS), "")
     wrong = map_with_path(lambda _, x: x * 1.1, pre.variables)
     monkeypatch.setattr("tljax.exporter.load", lambda path: assemble(made("vit", LABELS), ""))
-    with pytest.raises(BadInput, match="other (pooled|logits)"):
+    with pytest.raises(BadInput, match=r"other (pooled|logits)"):
         from dataclasses import replace
 
         export(replace(pre, variables=wrong), tmp_path / "wrong")
