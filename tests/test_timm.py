@@ -230,7 +230,8 @@ def test_an_exported_folder_opens_in_timm_with_the_same_logits(timm, saved, tmp_
     assert dict(second.fields) == dict(source.fields)
     assert (second.labels, second.assumed) == (labels, ())
     assert second.preprocess == source.preprocess
-    expected = timm.data.resolve_model_data_config(model)
+    saved_by_timm = timm.create_model(f"local-dir:{path.parent}", pretrained=False)
+    expected = timm.data.resolve_model_data_config(saved_by_timm)
     given = timm.data.resolve_model_data_config(again)
     for config in (given, expected):  # what the ratio does; its digits may differ
         config["crop_pct"] = [side // config["crop_pct"] for side in config["input_size"][1:]]
@@ -339,6 +340,14 @@ def test_damaged_tensors_are_refused(saved, tmp_path, case, change, expected):
         ({"model_args": {"depth": 3}}, "model_args.depth=3, but the tensors say 2"),
         ({"model_args": {"embed_dim": 128}}, "embed_dim without num_heads"),
         ({"model_args": {"img_size": "32"}}, "whole numbers"),
+        ({"model_args": {"img_size": 3.5}}, "whole numbers"),
+        ({"model_args": {"num_heads": "2"}}, "heads='2' do not divide"),
+        ({"model_args": {"num_heads": 3}}, "heads=3 do not divide"),
+        ({"global_pool": ["avg"]}, "global_pool="),
+        (
+            {"pretrained_cfg": {"mean": [1], "std": [1], "crop_pct": 1e-320}},
+            "no or no usable value",
+        ),
         ({"model_args": 3}, "must be objects"),
         ({"pretrained_cfg": 3}, "must be objects"),
         ({"pretrained_cfg": {"mean": 3, "std": 1}}, "no or no usable value"),
@@ -359,6 +368,13 @@ def test_pooling_that_nothing_tells_is_asked_for(saved, tmp_path):
     with pytest.raises(BadInput, match="give the field pool"):
         open_timm(tmp_path / "w.safetensors")
     assert open_timm(tmp_path / "w.safetensors", {"pool": "mean"}).fields["pool"] == "mean"
+
+
+def test_a_token_that_nothing_would_miss_is_assumed_to_be_absent(saved, tmp_path):
+    state = load_file(saved("registers")[1])
+    del state["reg_token"]
+    save_file(state, tmp_path / "w.safetensors")
+    assert "registers=0: there is no reg_token" in open_timm(tmp_path / "w.safetensors").assumed
 
 
 def test_names_and_pictures_are_read(saved, tmp_path):

@@ -212,6 +212,7 @@ def _read_config(path: Path) -> Config:
     if "label_names" in config:
         weights = weights | {"label_names": config["label_names"]}
     pool = config.get("global_pool") or arguments.get("global_pool") or ""
+    pool = pool if isinstance(pool, str) else repr(pool)  # refused where it is read
     return Config(name, arguments, weights, pool, str(path))
 
 
@@ -251,6 +252,11 @@ def _read_vit(
     ):
         told |= facts
         assumed |= guesses
+    if not config.architecture and not (told["class_token"] and told["prefix_positions"]):
+        # Only rows of the position table, or a configuration, would miss these.
+        for field, name in (("class_token", "cls_token"), ("registers", "reg_token")):
+            if name not in state:
+                assumed[field] = (told[field], f"there is no {name}")
     return told, assumed
 
 
@@ -329,11 +335,11 @@ def _vit_grid(
 
 def _configured_grid(told: Facts, config: Config) -> tuple[int, ...]:
     size = config.arguments.get("img_size") or config.weights.get("input_size") or ()
-    size = [size, size] if isinstance(size, int) else list(size)[-2:]
+    sides = [size, size] if isinstance(size, int) else size
     patch = told["patch"] if isinstance(told["patch"], tuple) else (told["patch"],) * 2
-    if not all(isinstance(side, int) for side in size):
-        raise BadInput(f"{config.origin}: the image size is {size}, expected whole numbers")
-    return tuple(side // own for side, own in zip(size, patch, strict=False))
+    if not isinstance(sides, list | tuple) or not all(isinstance(side, int) for side in sides):
+        raise BadInput(f"{config.origin}: the image size is {size!r}, expected whole numbers")
+    return tuple(side // own for side, own in zip(sides[-2:], patch, strict=False))
 
 
 def _vit_pool(
