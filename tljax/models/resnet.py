@@ -124,7 +124,8 @@ class ResNet(nn.Module):
     "small" (3x3, no pooling) or "deep" (three 3x3).  stride_first: on the first 1x1 (v1), not on
     the 3x3.  downsample_first: the first stage strides too.  shortcut: "conv", or "avg" before it
     where it strides (ResNet-D).  Output: tokens are the feature map of the block at `read`, pooled
-    its mean.
+    its mean.  pool: what the stem's pooling pads with, "lowest" or "zero"; it makes a difference
+    only where no relu comes before, in BiT, whose codes differ in it.
     """
 
     stages: tuple[int, ...] = (3, 4, 6, 3)
@@ -136,6 +137,7 @@ class ResNet(nn.Module):
     shortcut: str = "conv"
     norm: str = "batch"
     stem: str = "imagenet"
+    pool: str = "lowest"
     eps: float = 1e-5
     momentum: float = 0.9
     read: str | None = None
@@ -191,8 +193,9 @@ class ResNet(nn.Module):
         x = x if pre else jax.nn.relu(x)
         if self.stem == "small":
             return x
-        # BiT pads its pool with zeros; after relu that is the same as torch's -inf.
-        return nn.max_pool(jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))), (3, 3), (2, 2))
+        fill = layers.choose({"lowest": -jnp.inf, "zero": 0.0}, self.pool, "pool")
+        x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=fill)
+        return nn.max_pool(x, (3, 3), (2, 2))
 
     def channels(self, stage: int) -> tuple[int, ...]:
         """Return the channels after each convolution of a stage's blocks.

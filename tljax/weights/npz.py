@@ -189,7 +189,7 @@ _VIT_ONLY = {
 }  # fmt: skip
 _BIT_ONLY = {
     "norm": "group", "eps": 1e-5, "bottleneck": True, "stem": "imagenet", "shortcut": "conv",
-    "stride_first": False, "downsample_first": False,
+    "stride_first": False, "downsample_first": False, "pool": "lowest",
 }  # fmt: skip
 
 
@@ -323,6 +323,5 @@ def _read_bit(state: Tensors, given: Mapping[str, Any], origin: str) -> tuple[Fa
     )
     doubled = tuple(4 * width * 2**s for s in range(count))
     told = {"stages": stages, "width": width, "widths": None if outer == doubled else outer}
-    told |= {"bottleneck": True, "norm": "group"}
-    pool = "its pool pads with zeros, as BiT was trained; big_vision's code pads with -inf"
-    return told, {"eps": (1e-5, "BiT's GroupNorm"), "stem": ("imagenet", pool)}
+    told |= {"bottleneck": True, "norm": "group", "pool": "zero" if tf else "lowest"}
+    return told, {"eps": (1e-5, "BiT's GroupNorm"), "stem": ("imagenet", "BiT's")}
