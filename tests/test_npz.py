@@ -285,8 +285,8 @@ def stacked(arrays):
 
 
 SPELLINGS = [(case, None) for case in CASES if "tf" not in case] + [
-    ("tf bit", dumped), ("wide tf bit", dumped), ("bit", flat), ("class", prefixed), ("bit", prefixed),
-    ("old", moved), ("class", stacked), ("map", stacked),
+    ("tf bit", dumped), ("wide tf bit", dumped), ("bit", flat), ("class", prefixed),
+    ("bit", prefixed), ("old", moved), ("class", stacked), ("map", stacked),
 ]  # fmt: skip
 spellings = pytest.mark.parametrize(
     ("case", "spell"), SPELLINGS, ids=[f"{c}-{s.__name__ if s else ''}" for c, s in SPELLINGS]
