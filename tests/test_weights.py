@@ -265,7 +265,10 @@ def test_preprocessing_is_read(tmp_path):
     folder = write_folder(tmp_path / "bert")
     full = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3, "size": 224, "resample": 2}
     (folder / "preprocessor_config.json").write_text(json.dumps(full))
-    assert open_weights(folder).preprocess == {"mean": (0.5,) * 3, "std": (0.25,) * 3}
+    found = open_weights(folder).preprocess
+    assert {name: found[name] for name in ("mean", "std", "resize", "interpolation")} == {
+        "mean": (0.5,) * 3, "std": (0.25,) * 3, "resize": (224, 224), "interpolation": "bilinear"
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("lacking", ["image_mean", "image_std"])

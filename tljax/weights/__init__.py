@@ -44,6 +44,8 @@ def open_weights(name_or_path: str | Path, tower: str | None = None) -> Source:
     if path.suffix == ".npz":
         return open_npz_weights(path)
     inside = path if path.is_dir() else path.parent
+    if path.is_dir() and (inside / folder.ADAPTER).is_file():
+        raise BadInput(f"{path} is an adapter, whose base is read first: open it by tljax.load")
     config = read_json(inside / "config.json")
     if "model_type" not in config and ("architecture" in config or path.suffix == ".safetensors"):
         return open_timm(path)

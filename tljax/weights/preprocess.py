@@ -164,6 +164,8 @@ def from_timm(config: Mapping[str, Any], origin: str = "pretrained_cfg") -> Fiel
     if mode not in ("center", "squash", "border"):
         raise _bad(origin, "crop_mode", mode, "center, squash or border")
     share = _positive(given.get("crop_pct", 0.875), "crop_pct", origin)
+    if share < 1e-3:  # of its inverse there would be too many pixels
+        raise _bad(origin, "crop_pct", share, "a fraction of at least 0.001")
     scaled = (math.floor(size[0] / share), math.floor(size[1] / share))
     shorter = mode == "center" and scaled[0] == scaled[1]
     aspects = {"center": "stretch" if shorter else "cover", "border": "contain"}
@@ -212,10 +214,13 @@ def to_timm(preprocess: Mapping[str, Any]) -> Fields:
 
 
 def _share(size: tuple[int, int], goal: tuple[int, int]) -> float:
-    """Find the crop_pct that timm's floor(size / crop_pct) makes `goal` of, if there is one."""
-    shares = [s / (g + more) for more in (0, 0.5) for s, g in zip(size, goal, strict=True)]
-    fits = (x for x in shares if tuple(math.floor(s / x) for s in size) == goal)
-    return next(fits, shares[0])
+    """Find the crop_pct, in few digits, of which timm's floor(size / crop_pct) makes `goal`."""
+    largest = min(side / whole for side, whole in zip(size, goal, strict=True))
+    for digits in range(1, 17):
+        share = round(largest, digits) if digits < 16 else math.nextafter(largest, 0)
+        if share > 0 and tuple(math.floor(side / share) for side in size) == goal:
+            return share
+    return largest  # none does: the caller compares
 
 
 def shift(preprocess: Mapping[str, Any], to: str) -> str | None:
