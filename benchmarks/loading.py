@@ -28,16 +28,18 @@ CONFIG = {
 }  # fmt: skip
 EIGHT = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}
 MODES = {"official": {}, "tljax": {}, "mesh": EIGHT}
+WRITE = "write"  # also in a process of its own: a child inherits the peak of its parent
 
 
-def write(folder: Path, depth: int) -> int:
-    """Write a random ViT-L in float32; returns the bytes of its file."""
+def write(folder: Path, depth: int) -> None:
+    """Write a random ViT-L in float32."""
     import safetensors.numpy
 
     from tljax.models.vit import ViT
     from tljax.pretrained import target_of
     from tljax.tree import map_with_path
-    from tljax.weights.hf import HF, read_fields
+    from tljax.weights.hf import HF
+    from tljax.weights.hf_config import read_fields
     from tljax.weights.table import to_foreign
 
     config = CONFIG | {"num_hidden_layers": depth, "id2label": {"0": "a", "1": "b"}}
@@ -48,7 +50,6 @@ def write(folder: Path, depth: int) -> int:
     path = folder / "model.safetensors"
     safetensors.numpy.save_file(to_foreign(tree, HF.spell("vit", fields, "vit."), fields), path)
     (folder / "config.json").write_text(json.dumps(config))
-    return path.stat().st_size
 
 
 def held() -> float:
@@ -74,14 +75,8 @@ def measure(mode: str, folder: Path) -> None:
         "mesh": lambda: load(folder, mesh=make_mesh(1, -1)).variables,
     }
     before, began = held(), time.perf_counter()
-    kept = calls[mode]()
+    calls[mode]()
     print(json.dumps({"seconds": time.perf_counter() - began, "bytes": held() - before}))
-    if mode == "mesh":
-        parts: dict[int, int] = {}
-        for leaf in jax.tree.leaves(kept):
-            for shard in leaf.addressable_shards:
-                parts[shard.device.id] = parts.get(shard.device.id, 0) + shard.data.nbytes
-        print(json.dumps(parts), file=sys.stderr)
 
 
 def main() -> None:
@@ -89,21 +84,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--depth", type=int, default=24, help="blocks: 24 make 1.2 GB")
-    parser.add_argument("--measure", choices=MODES, help=argparse.SUPPRESS)
+    parser.add_argument("--measure", choices=(*MODES, WRITE), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.measure == WRITE:
+        write(options.folder, options.depth)
+        return
     if options.measure:
         measure(options.measure, options.folder)
         return
     with tempfile.TemporaryDirectory() as place:
-        size = write(Path(place), options.depth)
+        words = [sys.executable, __file__, f"--folder={place}", f"--depth={options.depth}"]
+        subprocess.run([*words, f"--measure={WRITE}"], check=True)
+        size = Path(place, "model.safetensors").stat().st_size
         found: dict[str, list[dict[str, float]]] = {mode: [] for mode in MODES}
         for _ in range(options.rounds):
             for mode, extra in MODES.items():
-                words = [sys.executable, __file__, f"--measure={mode}", f"--folder={place}"]
                 done = subprocess.run(
-                    words, env=os.environ | extra, capture_output=True, text=True, check=True
-                )
+                    [*words, f"--measure={mode}"],
+                    env=os.environ | extra, stdout=subprocess.PIPE, text=True, check=True,
+                )  # fmt: skip
                 found[mode].append(json.loads(done.stdout))
     print(f"file: {size / 1e9:.2f} GB; medians of {options.rounds}")
     base = statistics.median(run["seconds"] for run in found["official"])

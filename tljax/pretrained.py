@@ -1,7 +1,9 @@
 """`tljax.load`: a pretrained model in one call, with an account of every leaf."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +27,7 @@ from tljax.weights.files import Tensor, open_safetensors, read_json
 HEADS = ("head", "head_dist", "mlm")
 NOTE, FIXTURE = "tljax.json", "tljax_fixture.safetensors"
 """What an export carries: the digest of its weights, and inputs with their outputs."""
+AHEAD = 4  # leaves read before the device asks for them
 CLOSE = 2e-4  # of the largest value: other devices and versions, not other weights
 
 
@@ -52,7 +55,7 @@ class Pretrained:
 
     @cached_property
     def record(self) -> dict[str, Any]:
-        """Say where this came from; waits for the digest, computed in the background."""
+        """Say where this came from; reads the file once more, for its digest."""
         source = self.source
         names = ("origin", "format", "kind", "config", "assumed", "ignored")
         found = {name: getattr(source, name) for name in names}
@@ -207,7 +210,7 @@ def target_of(model: nn.Module, tree: Tree) -> Tree:
     """
     depth = getattr(model, "depth", None)
     one = model if depth is None else model.clone(depth=1, read=None)
-    target = jax.eval_shape(one.init, jax.random.key(0), *example_inputs(model))
+    target = jax.eval_shape(lambda: one.init(jax.random.key(0), *example_inputs(model)))
     if depth is not None:
         blocks = {str(i): target["params"]["blocks"]["0"] for i in range(depth)}
         target["params"]["blocks"] = blocks
@@ -217,24 +220,34 @@ def target_of(model: nn.Module, tree: Tree) -> Tree:
 
 
 def place(values: dict[str, Any], target: Tree, mesh: sharding.Mesh | None) -> Tree:
-    """Read leaves one after the other onto the devices; a leaf without values is zero.
+    """Read the leaves onto the devices, a few at a time; a leaf without values is zero.
 
-    On a mesh every device copies its own part out of the host's; on a single CPU device the file's
-    bytes are used where they are, in the layout they have.
+    On a mesh every device copies its own part out of the host's; on a single CPU device the bytes
+    that were read are used where they are, in the layout they have.
     """
     shardings = flatten(sharding.on(mesh, sharding.specs(target, mesh))) if mesh else {}
+    leaves = flatten(target)
+
+    def read(path: str) -> np.ndarray:
+        like = leaves[path]
+        return np.asarray(values[path]) if path in values else np.zeros(like.shape, like.dtype)
+
     found = {}
-    for path, like in flatten(target).items():
-        array = np.asarray(values[path]) if path in values else np.zeros(like.shape, like.dtype)
-        leaf: jax.Array
-        if mesh:
-            cut = array.__getitem__
-            leaf = jax.make_array_from_callback(like.shape, shardings[path], cut)
-        elif jax.default_backend() == "cpu" and array.flags.writeable:
-            leaf = jnp.from_dlpack(array)
-        else:
-            leaf = jax.device_put(array)
-        found[path] = leaf.block_until_ready()  # or the host would hold several at once
+    with ThreadPoolExecutor(AHEAD) as pool:
+        coming = [pool.submit(read, path) for path in islice(leaves, AHEAD)]
+        for path, after in zip_longest(leaves, islice(leaves, AHEAD, None)):
+            array = coming.pop(0).result()
+            if after is not None:
+                coming.append(pool.submit(read, after))
+            leaf: jax.Array
+            if mesh:
+                cut = array.__getitem__
+                leaf = jax.make_array_from_callback(array.shape, shardings[path], cut)
+            elif jax.default_backend() == "cpu" and array.flags.writeable:
+                leaf = jnp.from_dlpack(array)
+            else:
+                leaf = jax.device_put(array)
+            found[path] = leaf.block_until_ready()  # or the host would hold all of them
     return unflatten(found)
 
 

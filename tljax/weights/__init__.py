@@ -9,7 +9,7 @@ from typing import Any
 from tljax.tree import nearest
 from tljax.types import BadInput
 from tljax.weights import folder
-from tljax.weights.files import held, read_json, start_digest
+from tljax.weights.files import digest_of, held, read_json
 from tljax.weights.hf import ARCHS, HF, read_tree, unread
 from tljax.weights.hf_config import choose_tower, read_fields, read_labels
 from tljax.weights.npz import open_npz_weights
@@ -61,7 +61,7 @@ def open_weights(name_or_path: str | Path, tower: str | None = None) -> Source:
 
 def _open_hf(files: tuple[Path, ...], config: Mapping[str, Any], tower: str | None) -> Source:
     inside = files[0].parent
-    origin, digest = str(inside / "config.json"), start_digest(*files)
+    origin, digest = str(inside / "config.json"), digest_of(*files)
     own = choose_tower(config, tower, origin)
     fields, state = read_fields(own, origin), folder.read_files(files)
     aside = unread(own["model_type"], state)
@@ -88,7 +88,7 @@ def _open_hf(files: tuple[Path, ...], config: Mapping[str, Any], tower: str | No
 
 
 def _open_onnx(path: Path) -> Source:
-    digest = start_digest(path)
+    digest = digest_of(path)
     arrays, left = read_onnx(path.read_bytes(), str(path))
     state = {name: held(array) for name, array in arrays.items()}
     tree, fields, ignored = read_tree(state, DINOV2, read_fields(DINOV2, str(path)), str(path))

@@ -8,8 +8,8 @@ import hashlib
 import json
 import zipfile
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import cache
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -185,20 +185,27 @@ def _member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Tens
     return Tensor(shape, dtype, read)
 
 
-def start_digest(*paths: Path) -> Callable[[], str]:
-    """Begin the SHA-256 of files in the background; the result waits for it.
+def digest_of(*paths: Path) -> Callable[[], str]:
+    """Return what computes, when asked and once, the SHA-256 of files as they are now.
 
-    Of one file it is the sum that publishers list; of several, that of the list of their sums.
+    Of one file it is the sum that publishers list; of several, that of the list of their sums.  It
+    raises BadInput if a file has changed since.
     """
+    stamps = [_stamp(path) for path in paths]
 
+    @cache
     def compute() -> str:
         sums = []
-        for path in paths:
+        for path, stamp in zip(paths, stamps, strict=True):
             with open(path, "rb") as file:
                 sums.append(hashlib.file_digest(file, "sha256").hexdigest())
+            if _stamp(path) != stamp:
+                raise BadInput(f"{path} has changed since it was opened: load it again")
         return sums[0] if len(sums) == 1 else hashlib.sha256("".join(sums).encode()).hexdigest()
 
-    pool = ThreadPoolExecutor(1)
-    future = pool.submit(compute)
-    pool.shutdown(wait=False)
-    return future.result
+    return compute
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    status = path.stat()
+    return status.st_size, status.st_mtime_ns

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from tljax.types import BadInput, Tree
-from tljax.weights.files import Tensors, open_npz, start_digest
+from tljax.weights.files import Tensors, digest_of, open_npz
 from tljax.weights.table import (
     Format,
     Leaf,
@@ -135,7 +135,7 @@ def open_npz_weights(path: Path, given: Mapping[str, Any] | None = None) -> Sour
     given: fields that win over what is told or assumed, such as pool, or grid of oblong pictures.
     Raises: BadInput for a file that is damaged, or of a model that tljax does not have.
     """
-    origin, digest, given = str(path), start_digest(path), given or {}
+    origin, digest, given = str(path), digest_of(path), given or {}
     state, beside = _parameters(open_npz(path))
     state = _rename(state, origin)
     for name in state:

@@ -13,7 +13,7 @@ import numpy as np
 
 from tljax.tree import flatten, nearest, unflatten
 from tljax.types import BadInput, Tree
-from tljax.weights.files import Tensors, open_safetensors, read_json, start_digest
+from tljax.weights.files import Tensors, digest_of, open_safetensors, read_json
 from tljax.weights.hf import ARCHS, HF, HF5, PREFIXES, file_of, unread
 from tljax.weights.peft_config import Settings, describe, parse
 from tljax.weights.table import HEADS, Leaf, to_foreign, to_tljax
@@ -33,7 +33,7 @@ class Adapter:
     origin: str
     tensors: Tensors
     settings: Settings
-    digest: Callable[[], str]  # SHA-256 of the weights file, computed in the background
+    digest: Callable[[], str]  # computes SHA-256 of the weights file
 
 
 def base_of(adapter: Adapter) -> str | None:
@@ -72,7 +72,7 @@ def read_adapter(folder: str | Path) -> Adapter:
             f"{config}: {dead[0]!r:.80} in rank_pattern or alpha_pattern names no module with "
             f"LoRA (nearest: {nearest(dead[0], modules)})"
         )
-    return Adapter(str(weights), tensors, settings, start_digest(weights))
+    return Adapter(str(weights), tensors, settings, digest_of(weights))
 
 
 def _below_root(leaves: Iterable[Leaf]) -> list[Leaf]:

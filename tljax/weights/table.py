@@ -40,7 +40,7 @@ class Source:
     preprocess: Mapping[str, Any] | None  # mean and std (of 0..1) of images
     tokenizer: Path | None  # tokenizer.json
     labels: tuple[str, ...] | None
-    digest: Callable[[], str]  # SHA-256 of the weights file, computed in the background
+    digest: Callable[[], str]  # computes SHA-256 of the weights file
     ignored: Mapping[str, str]  # foreign tensor -> why it was left out
     format: str  # "hf", "onnx", "timm", "npz" or "run"
     kind: str  # the foreign type of model, as the format's rows name it; "" for a run

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from tljax.models import MODELS
 from tljax.tree import matches
 from tljax.types import BadInput
-from tljax.weights.files import Tensors, open_safetensors, read_json, start_digest
+from tljax.weights.files import Tensors, digest_of, open_safetensors, read_json
 from tljax.weights.hf import TORCH
 from tljax.weights.preprocess import from_timm, to_timm
 from tljax.weights.table import (
@@ -151,7 +151,7 @@ def open_timm(path: Path, given: Mapping[str, Any] | None = None) -> Source:
     Raises: BadInput for a file that is damaged, or of a model that tljax does not have.
     """
     path = path / "model.safetensors" if path.is_dir() else path
-    origin, digest, given = str(path), start_digest(path), given or {}
+    origin, digest, given = str(path), digest_of(path), given or {}
     config = _read_config(path.with_name("config.json"))
     state, _ = open_safetensors(path)
     arch = "resnet" if any(name.startswith("layer1.") for name in state) else "vit"
