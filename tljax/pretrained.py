@@ -27,7 +27,7 @@ from tljax.weights.files import Tensor, open_safetensors, read_json
 HEADS = ("head", "head_dist", "mlm")
 NOTE, FIXTURE = "tljax.json", "tljax_fixture.safetensors"
 """What an export carries: the digest of its weights, and inputs with their outputs."""
-AHEAD = 4  # leaves read before the device asks for them
+AHEAD = 2  # leaves read before the device asks for them
 CLOSE = 2e-4  # of the largest value: other devices and versions, not other weights
 
 
