@@ -249,3 +249,38 @@ def flipped(path, state, seed=0, bit=None):
     bits[place] ^= np.uint32(1) << np.uint32(rng.integers(32) if bit is None else bit)
     assert np.isfinite(array).all()
     return {name: array}
+
+
+CHANGES = {"transposed": transposed, "exchanged": exchanged, "flipped": flipped}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_other_values_are_noticed(weights, name):
+    path = weights(name)
+    state = read(path)
+    assert load(path).verified == "values verified: the digest of the export"
+    for change in (transposed, exchanged, flipped):
+        weights(name)
+        found = change(path, state)
+        assert any((found[tensor] != state[tensor]).any() for tensor in found)
+        write(path, state | found)
+        refused(path, "changed since their export")
+    (path.parent / NOTE).unlink()
+    assert load(path).verified == "values unverified"
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_any_flipped_bit_is_noticed_by_the_digest_alone(weights, name):
+    path = weights(name, FIXTURE)
+    state = read(path)
+    for seed in range(20):
+        write(path, state | flipped(path, state, seed))
+        refused(path, "export it again")
+
+
+@pytest.mark.parametrize("name", ["hf, bert", "timm, vit", "npz, bit", "peft, bert"])
+def test_a_change_that_outputs_do_not_show_is_told(weights, name):
+    path = weights(name)
+    state = read(path)
+    write(path, state | flipped(path, state, bit=0))
+    assert "the file has changed since its export" in load(path).verified

@@ -35,8 +35,9 @@ FAMILIES = {
     "CLIP ViT-B/32, text": ("CLIPTextModelWithProjection", {}),
 }
 """Name -> class of transformers, and what its configuration's defaults lack of this size."""
-AVERAGES = (".attention.output.dense", ".o_proj", ".out_proj", ".out_lin")
-"""The last kernels of attention."""
+BRANCHES = (".attention.output.dense", ".o_proj", ".out_proj", ".out_lin")
+BRANCHES += (".layer.1.normalization", ".layer.2.normalization")
+"""What ends attention, and a ResNet's blocks (or is scaled away again by what follows)."""
 KEYS = (".key.bias", ".k_proj.bias", ".k_lin.bias")
 TIE = 5e-7
 """How near two values of one pooling window may be, of the largest: the stem's error is 2e-7."""
@@ -45,12 +46,13 @@ TIE = 5e-7
 def randomise(model):
     """Draw every parameter so that values neither explode nor vanish in any depth.
 
-    Kernels are normal / sqrt(inputs), which keeps the variance of what they multiply.  What
-    attention adds is .3 of that: averages over all tokens would make all alike within few layers
-    of BERT, and the gradients of queries there a rest of rounding, which torch itself then gets
-    wrong by 7e-4 of the largest (against float64).  Tables, tokens and positions are normal, as
-    large as embedded patches of normal pixels; norms and LayerScale within .5 of one; biases a
-    tenth of what they are added to.
+    Kernels are normal / sqrt(inputs), which keeps the variance of what they multiply; tables,
+    tokens and positions normal, as large as embedded patches of normal pixels; norms and
+    LayerScale within .5 of one; biases a tenth of what they are added to.  What attention and a
+    ResNet's blocks add is .3 of that, as else float32 does not suffice: averages over all tokens
+    make these alike within few layers of BERT, and of the queries' gradients rounding is left;
+    ResNet-50 amplifies rounding from block to block.  Against float64 torch itself is then off by
+    7e-4 (the gradients) and 6e-5 (the states), and tljax by 2e-4 and 6e-5.
     """
     import torch
 
@@ -63,7 +65,8 @@ def randomise(model):
                 tensor.normal_()
             else:
                 tensor.normal_(0, 0.1 if tensor.ndim == 1 else tensor[0].numel() ** -0.5)
-                tensor.mul_(0.3 if name.removesuffix(".weight").endswith(AVERAGES) else 1)
+            if name.removesuffix(".weight").endswith(BRANCHES):
+                tensor.mul_(0.3)
 
 
 def settle(model, pixels):
@@ -231,7 +234,7 @@ def compare_outputs(given, expected, real):
     rows = lambda x: np.asarray(x)[real] if len(x.shape) == 3 else np.asarray(x)  # noqa: E731
     expected = [x.detach() for x in expected]
     sizes = [float(x.abs().max()) for x in expected]
-    assert min(sizes) > 0.5 and max(sizes) < 500  # or the tolerances would mean little
+    assert min(sizes) > 0.1 and max(sizes) < 500  # or the tolerances would mean little
     pairs = zip(given, expected, strict=True)
     return {f"state {i}": error(rows(ours), rows(x)) for i, (ours, x) in enumerate(pairs)}
 
