@@ -1,6 +1,5 @@
 """`tljax export`: a trained or loaded model as other libraries read it, with proof."""
 
-import hashlib
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -73,7 +72,7 @@ def export(
             write_json(place / name, document)
         if pre.tokenizer:
             pre.tokenizer.save(place / "tokenizer.json")
-        digest = hashlib.sha256((place / written.weights).read_bytes()).hexdigest()
+        digest = open_source(str(place / written.weights)).digest()  # of an adapter and its base
         write_json(place / NOTE, {"digest": digest, "exported": to})
         parameters = sum(leaf.size for leaf in flatten(tree["params"]).values())
         facts = pre.record | {"notes": [*notes, *written.notes]}

@@ -107,13 +107,16 @@ def assemble(
         raise BadInput(f"a {source.arch} has no field {odd[0]!r}; it has {', '.join(known)}")
     model = MODELS[source.arch](**chosen)
     target = target_of(model, tree)
-    values, report = match(tree, target, adapted=adapted, **head_rules(tree, target))
+    try:
+        values, report = match(tree, target, adapted=adapted, **head_rules(tree, target))
+    except BadInput as error:
+        raise BadInput(f"{source.origin}: {error}") from None
     return Pretrained(
         model=model,
         variables=place(values, target, mesh),
         preprocess=preprocess_of(source, model, image_size),
         tokenizer=Tokenizer.from_file(source.tokenizer) if source.tokenizer else None,
-        labels=source.labels if chosen["num_classes"] == len(source.labels or ()) else None,
+        labels=source.labels if chosen.get("num_classes") == len(source.labels or ()) else None,
         report=report,
         source=source,
         verified=verified,
@@ -154,10 +157,14 @@ def head_fields(source: Source, num_classes: int | None) -> dict[str, Any]:
 
 
 def head_rules(tree: Tree, target: Tree) -> dict[str, Rules]:
-    """Say which heads start anew, and which of the source's are left out."""
+    """Say which heads start anew, and which of the source's are left out.
+
+    All do for another number of classes; for the same one none does, so that one that does not fit
+    is refused like any leaf.
+    """
     have, want = ({k: x for k, x in t["params"].items() if k in HEADS} for t in (tree, target))
-    shape = lambda head: {path: leaf.shape for path, leaf in flatten(head).items()}  # noqa: E731
-    same = {name for name in have.keys() & want.keys() if shape(have[name]) == shape(want[name])}
+    here, there = (x["head"]["kernel"].shape[-1] if "head" in x else None for x in (have, want))
+    same = have.keys() & want.keys() if here == there else set()
     fresh = [(f"params/{name}/**", "a new head, zero") for name in want if name not in same]
     ignored = [(f"params/{name}/**", "its head is not asked for") for name in have.keys() - same]
     return {"fresh": fresh, "ignored": ignored}
@@ -273,7 +280,7 @@ def verify(source: Source) -> str:
                 f"{source.origin}: its {name} differ from those recorded in {folder / FIXTURE}\n"
                 "the weights were changed since their export: copy or export them again"
             )
-    return "values verified: the outputs of the export"
+    return "values verified by their outputs only: the file has changed since its export"
 
 
 def outputs(pre: Pretrained, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -101,8 +101,9 @@ def match(
     values = {path: given[path] for path in wanted if path not in why_fresh}
     for path, leaf in values.items():
         if leaf.shape != wanted[path].shape:
+            foreign = f" (tensor {leaf.name})" if getattr(leaf, "name", "") else ""
             raise BadInput(
-                f"{path}: the source gives shape {leaf.shape}, the model expects "
+                f"{path}{foreign}: the source gives shape {leaf.shape}, the model expects "
                 f"{wanted[path].shape}\ndoes the config override a size that the weights fix?"
             )
     how_adapted = flatten(label(target, adapted, None))

@@ -39,6 +39,7 @@ class Tensor:
     shape: tuple[int, ...]
     dtype: np.dtype
     read: Callable[[], np.ndarray]
+    name: str = ""  # in the file, for messages
 
     @property
     def size(self) -> int:

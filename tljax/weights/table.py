@@ -286,7 +286,7 @@ def _laid_out(tensor: Tensor, leaf: Leaf, lengths: Mapping[str, int], origin: st
     except EinopsError:
         wanted = leaf.pattern.split(" -> ")[0]
         raise BadInput(f"{where} has shape {tensor.shape}, expected axes {wanted}") from None
-    return Tensor(shape, tensor.dtype, read)
+    return Tensor(shape, tensor.dtype, read, leaf.foreign)
 
 
 def _account(origin: str, given: Any, leaves: tuple[Leaf, ...], side: str) -> list[Leaf]:

@@ -274,7 +274,7 @@ def _vit_shape(state: Tensors, origin: str) -> Facts:
         "width": width,
         "depth": len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
         "mlp": up[0],
-        "patch_bias": "patch_embed.proj.bias" in state,
+        "patch_bias": "norm_pre.weight" not in state,  # timm's rule; a missing one is missed
         "class_token": "cls_token" in state,
         "distilled": "dist_token" in state,
         "registers": registers,
