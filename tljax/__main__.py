@@ -100,6 +100,7 @@ def run(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
     elif arguments.verb == "export":
         from tljax import exporter, pretrained
 
+        exporter.require_new(arguments.folder)
         pre = pretrained.load(arguments.source, tower=arguments.tower)
         print(f"{pre.origin}: {pre.report.totals()}; {pre.verified}")
         names = ("to", "merge", "dtype", "naming", "base")

@@ -61,9 +61,7 @@ def export(
     Raises: BadInput if the folder is not empty or the format has no place for the model.
     """
     writer = choose(WRITERS, to, "to")
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise BadInput(f"{folder} is there already: name a new folder")
+    require_new(folder := Path(folder))
     tree, notes = prepare(pre, to, merge, kind := file_dtype(pre, dtype))
     written = writer(pre, tree, naming, base)
     with whole(folder) as place:
@@ -80,6 +78,12 @@ def export(
         write_text(place / "README.md", text)
         prove(replace(pre, variables=tree), place, written)
     return folder
+
+
+def require_new(folder: Path) -> None:
+    """Raise BadInput for a folder that something would be lost in."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise BadInput(f"{folder} is there already: name a new folder")
 
 
 def file_dtype(pre: Pretrained, name: str | None) -> Any:
@@ -149,6 +153,7 @@ def write_weights(path: Path, tensors: Mapping[str, np.ndarray], kind: Any) -> N
         npz.write_npz(path, cast)
     else:
         safetensors.numpy.save_file(cast, path, metadata={"format": "pt"})
+        path.chmod(path.parent.stat().st_mode & 0o666)  # the library lets nobody else read it
 
 
 def prove(pre: Pretrained, place: Path, written: Written) -> None:
