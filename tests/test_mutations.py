@@ -123,7 +123,7 @@ TOLD = {
     "fc.weight": "fc.bias",
     "conv1.0.weight": "conv1.weight",
     "conv1.6.weight": "conv1.0 is narrower",
-    "layer4.0.conv2.weight": "layer4.0.bn2",
+    "layer4.0.conv2.weight": "layer4.0.",
     "conv_proj/kernel": "/shortcut/conv/kernel",
     "embedding/kernel": "its patches have",
     "query/kernel": "a query kernel has shape",
