@@ -1,7 +1,7 @@
 """Damaged weights, three families of each of four formats: nothing of it loads in silence."""
 
 import shutil
-from time import perf_counter
+from time import process_time
 
 import jax
 import numpy as np
@@ -16,7 +16,7 @@ from tljax.pretrained import FIXTURE, NOTE, assemble
 from tljax.types import BadInput
 from tljax.weights.npz import write_npz
 
-SECONDS = 1.0
+SECONDS = 1.0  # of this process: what else the machine does is not counted
 BIG_VISION = {"eps": 1e-6, "activation": "gelu_tanh", "prefix_positions": False}
 MAP = {"pool": "map", "map_head": True, "class_token": False}
 CASES = {
@@ -99,10 +99,10 @@ def load(path):
 
 def refused(path, *words):
     """Load; it must be refused at once, naming the file (or the one it contradicts) and a word."""
-    began = perf_counter()
+    began = process_time()
     with pytest.raises(BadInput) as caught:
         load(path)
-    seconds, said = perf_counter() - began, str(caught.value)
+    seconds, said = process_time() - began, str(caught.value)
     assert seconds < SECONDS, said
     assert str(path) in said or str(path.with_name("config.json")) in said
     assert not words or any(word in said for word in words), (words, said)
@@ -118,15 +118,24 @@ TOLD = {
     "patch_embed.proj.weight": "model_args.embed_dim",
     "patch_embed.proj.bias": "params/embed/patch/bias",
     "classifier.weight": "classes, the head has",
+    "classifier.1.weight": "classes, the head has",
+    "base_model.model.classifier.weight": "params/head/bias",
+    "fc.weight": "fc.bias",
     "conv1.0.weight": "conv1.weight",
     "conv1.6.weight": "conv1.0 is narrower",
+    "layer4.0.conv2.weight": "layer4.0.",
     "conv_proj/kernel": "/shortcut/conv/kernel",
     "embedding/kernel": "its patches have",
     "query/kernel": "a query kernel has shape",
     "lora_B.weight": "/lora/b would have",
-    "weight": "head",
+    "pre_classifier.weight": "params/pooler/kernel",
+    "pre_classifier.bias": "params/pooler/bias",
+    "classifier.bias": "params/head/bias",
+    "head.weight": "head.bias",
+    "head_dist.weight": "head_dist.bias",
 }
-"""End of a tensor's name -> what else an error may name: what its shape, or its lack, contradicts."""
+"""End of a tensor's name -> what an error may name instead: what its shape or lack contradicts."""
+SIZES = ("misshapen", "NaN")  # a model is built before they show, in a tenth of a second
 
 
 def with_nan(array):
@@ -147,9 +156,9 @@ def changes(state, name):
     }
 
 
-def one_of_each(names):
-    """Choose names that differ in more than their numbers."""
-    return {"".join(c for c in name if not c.isdigit()): name for name in sorted(names)}.values()
+def one_of_each(names, kind):
+    """Choose the last of those names that are of one kind."""
+    return {kind(name): name for name in sorted(names)}.values()
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -157,14 +166,16 @@ def test_damage_of_one_tensor_is_refused_with_its_name(weights, name):
     path = weights(name, NOTE, FIXTURE)
     pre, state = load(path), read(path)
     assert pre.verified == "values unverified"
-    for tensor in one_of_each(state.keys() - pre.source.ignored.keys()):
+    known = state.keys() - pre.source.ignored.keys()
+    shapes = one_of_each(known, lambda tensor: state[tensor].shape)
+    for tensor in one_of_each(known, lambda name: "".join(c for c in name if not c.isdigit())):
         also = [word for end, word in TOLD.items() if tensor.endswith(end)]
         for what, damaged in changes(state, tensor).items():
-            if (name, tensor, what) != ("npz, vit", "cls", "missing"):
-                print(what, tensor)
+            silent = (name, tensor, what) == ("npz, vit", "cls", "missing")  # the next test
+            if not silent and (what not in SIZES or tensor in shapes):
+                print(what, tensor)  # shown where it fails
                 write(path, damaged)
-                try: refused(path, tensor, *also)
-                except BaseException as e: print("FAIL", name, tensor, what, repr(e)[:600])
+                refused(path, tensor, *also)
     write(path, state | {"stranger": np.zeros(3, np.float32)})
     refused(path, "unknown: stranger")
 
@@ -182,8 +193,8 @@ HEADERS = {
         (b'"data_offsets":[', b'"data_offsets":[9'), (b'"data_offsets"', b'"data_offset5"'),
     ],
     ".npz": [
-        (b"PK\x03\x04", b"PK\x03\x05"), (b"PK\x01\x02", b"PK\x01\x03"), (b"PK\x05\x06", b"PK\x05\x07"),
-        (b"NUMPY", b"NUMPX"), (b"<f4", b"<f8"), (b"<f4", b"|O4"), (b"'shape': (", b"'shape': ["),
+        (b"PK\3\4", b"PK\3\5"), (b"PK\1\2", b"PK\1\3"), (b"PK\5\6", b"PK\5\7"), (b"<f4", b"|O4"),
+        (b"NUMPY", b"NUMPX"), (b"<f4", b"<f8"), (b"<f4", b"<i4"), (b"'shape': (", b"'shape': ["),
         (b"False", b"True "),
     ],
 }  # fmt: skip
@@ -234,24 +245,21 @@ def exchanged(path, state):
         return found
     kernels = {}
     for name in sorted(name for name, array in state.items() if array.ndim == 4):
-        if partner := kernels.setdefault(state[name].shape, name) != name and kernels[state[name].shape]:
+        partner = kernels.setdefault(state[name].shape, name)
+        if partner != name:
             return {name: state[partner], partner: state[name]}
     raise AssertionError("no two kernels are alike")
 
 
-def flipped(path, state, seed=0, bit=None):
-    """Flip one bit of one number, which stays finite."""
-    rng = np.random.default_rng(seed)
+def flipped(state, rng, *, bits=32):
+    """Flip one of the lowest bits of one number, which stays finite."""
     names = sorted(name for name, array in state.items() if array.dtype == np.float32)
-    name = names[rng.integers(len(names))]
-    array = state[name].copy()
-    bits, place = array.reshape(-1).view(np.uint32), rng.integers(array.size)
-    bits[place] ^= np.uint32(1) << np.uint32(rng.integers(32) if bit is None else bit)
-    assert np.isfinite(array).all()
-    return {name: array}
-
-
-CHANGES = {"transposed": transposed, "exchanged": exchanged, "flipped": flipped}
+    while True:
+        name, bit = names[rng.integers(len(names))], rng.integers(bits)
+        array = state[name].copy()
+        array.reshape(-1).view(np.uint32)[rng.integers(array.size)] ^= np.uint32(1 << bit)
+        if np.isfinite(array).all():
+            return {name: array}
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -259,8 +267,7 @@ def test_other_values_are_noticed(weights, name):
     path = weights(name)
     state = read(path)
     assert load(path).verified == "values verified: the digest of the export"
-    for change in (transposed, exchanged, flipped):
-        weights(name)
+    for change in (transposed, exchanged):
         found = change(path, state)
         assert any((found[tensor] != state[tensor]).any() for tensor in found)
         write(path, state | found)
@@ -270,17 +277,13 @@ def test_other_values_are_noticed(weights, name):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_any_flipped_bit_is_noticed_by_the_digest_alone(weights, name):
-    path = weights(name, FIXTURE)
+def test_any_flipped_bit_is_noticed(weights, name):
+    path, rng = weights(name), np.random.default_rng(0)
     state = read(path)
-    for seed in range(20):
-        write(path, state | flipped(path, state, seed))
-        refused(path, "export it again")
-
-
-@pytest.mark.parametrize("name", ["hf, bert", "timm, vit", "npz, bit", "peft, bert"])
-def test_a_change_that_outputs_do_not_show_is_told(weights, name):
-    path = weights(name)
-    state = read(path)
-    write(path, state | flipped(path, state, bit=0))
+    write(path, state | flipped(state, rng, bits=1))
+    # It may be in what the recorded outputs do not depend on: then they alone are known.
     assert "the file has changed since its export" in load(path).verified
+    (path.parent / FIXTURE).unlink()
+    for _ in range(20):
+        write(path, state | flipped(state, rng))
+        refused(path, "export it again")

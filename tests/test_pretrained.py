@@ -86,6 +86,15 @@ def test_a_head_is_kept_dropped_or_new(folder, classes, shape):
         assert not np.asarray(logits).any()
 
 
+def test_a_text_tower_is_loaded_without_head_and_labels(tmp_path):
+    source = made("clip_text", projection=6, eot=49)
+    pre = tljax.load(export(assemble(source, ""), tmp_path / "clip"))
+    jax.tree.map(np.testing.assert_array_equal, pre.variables, source.tree)
+    assert pre.labels is None and run(pre).logits is None
+    with pytest.raises(BadInput, match="no head"):
+        tljax.load(tmp_path / "clip", num_classes=2)
+
+
 def test_a_grid_is_resampled_once_as_the_model_would_in_every_call(folder):
     images = np.random.default_rng(0).normal(size=(2, 24, 32, 3)).astype(np.float32)
     here, there = tljax.load(folder, image_size=(24, 32)), tljax.load(folder)
