@@ -28,10 +28,10 @@ install: .venv/.core ## make .venv with tljax and what the demo needs
 	$(PIP) -e ".[test]"
 	@touch $@
 
-# torch and transformers are large and not built for every Python: without them the tests marked torch
+# torch and its libraries are large and not built for every Python: without them the tests marked torch
 # are left out, which pytest's closing lines count.
 .venv/.reference: .venv/.test
-	@$(PIP) -e ".[reference]" && touch $@ || echo "torch or transformers could not be installed: the tests marked torch are left out" >&2
+	@$(PIP) -e ".[reference]" && touch $@ || echo "torch, transformers, timm or peft could not be installed: tests that need them are left out" >&2
 
 .venv/.dev: .venv/.core
 	$(PIP) -e ".[dev]"

@@ -2,8 +2,9 @@
 
     tljax train --config=configs/pretrain_vit.py --workdir=runs/pretrain-vit
 
-Needs `make assets NAMES=fashion`.  Measured so far: validation accuracy .870 after 2,000 of the
-4,500 steps (.7 s a step on one CPU core); its end is not measured yet.
+Needs `make assets NAMES=fashion`.  Measured so far: validation accuracy .87 after 4,000 of the
+13,000 steps (.4 s a step on one CPU core); a wider ViT (128, with an MLP of 384) ended at .898
+[.892, .904] on test after 4,500 steps.
 """
 
 from ml_collections import ConfigDict
@@ -11,13 +12,14 @@ from ml_collections import ConfigDict
 
 def get_config() -> ConfigDict:
     """Return the config."""
-    augment = {"flip": True, "smoothing": 0.1}
+    augment = {"crop_scale": (0.8, 1.0), "flip": True, "smoothing": 0.1}
+    model = {"name": "vit", "width": 96, "depth": 6, "heads": 4, "mlp": 192, "patch": 4}
     return ConfigDict(
         {
             "data": {"name": "fashion", "image_size": 28, "augment": augment},
-            "model": {"name": "vit", "width": 128, "depth": 6, "heads": 4, "mlp": 384, "patch": 4},
+            "model": model | {"pool": "mean"},
             "strategy": {"name": "scratch"},
-            "optim": {"lr": 1e-3, "decay": 0.05, "warmup": 300},
-            "run": {"steps": 4500, "batch": 128, "eval_every": 1000, "save_every": 1000},
+            "optim": {"lr": 2e-3, "decay": 0.05, "warmup": 500},
+            "run": {"steps": 13000, "batch": 128, "eval_every": 1000, "save_every": 1000},
         }
     )

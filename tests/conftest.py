@@ -1,9 +1,12 @@
 """Before the first import of jax: eight simulated devices, strict numerics, checked signatures."""
 
+import functools
 import importlib.util
 import os
 from collections import Counter
 from pathlib import Path
+from types import ModuleType
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache"
@@ -39,6 +42,48 @@ left_out: Counter[str] = Counter()
 def asset_dir() -> Path:
     """The folder of unpacked assets: launch/assets.sh describes it."""
     return Path(os.environ["TLJAX_ASSETS"])
+
+
+@functools.cache
+def declare_torchvision_ops() -> Any:
+    """Declare torchvision's operators where its compiled ones do not load.
+
+    Its wheel asks for the one torch it was built with.  Importing it, as transformers, timm and
+    peft do, takes no more than the names.
+    """
+    import torch
+
+    spec = importlib.util.find_spec("torchvision")
+    if spec is None:
+        return None
+    try:
+        for path in Path(spec.origin).parent.glob("_C.*"):
+            torch.ops.load_library(path)
+    except OSError:
+        library = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor x) -> Tensor")
+        return library  # its declarations live as long as it does
+    return None
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("torch"):
+        declare_torchvision_ops()
+
+
+@pytest.fixture(scope="session")
+def timm() -> ModuleType:
+    """Return timm, an independent implementation of what its users' files hold."""
+    declare_torchvision_ops()
+    return pytest.importorskip("timm")
+
+
+@pytest.fixture(scope="session")
+def peft() -> ModuleType:
+    """Return peft, for adapters as its users' files hold them."""
+    declare_torchvision_ops()
+    return pytest.importorskip("peft")
 
 
 def missing(item: pytest.Item) -> str:

@@ -93,10 +93,11 @@ def test_lora_equals_the_folded_kernel():
     near(dense.apply(grafted(variables, factors), x), dense.apply(folded, x))
 
 
-def test_lora_works_on_a_bfloat16_base():
+@pytest.mark.parametrize("magnitude", [{}, {"magnitude": jnp.arange(1.0, 5.0)}])
+def test_lora_works_on_a_bfloat16_base(magnitude):
     x, dense = normal(2, 3, 5), Dense(4, dtype=jnp.bfloat16)
     variables = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), start(dense, x))
-    factors = lora(5, 4)
+    factors = lora(5, 4) | magnitude
     loss = lambda factors: dense.apply(grafted(variables, factors), x).astype(jnp.float32).sum()  # noqa: E731
     gradients = jax.grad(loss)(factors)
     assert {leaf.dtype for leaf in gradients.values()} == {jnp.dtype(jnp.float32)}
@@ -132,15 +133,111 @@ def test_lora_dropout_differentiates_with_the_same_mask():
     near(jnp.vdot(jax.grad(total)(b), direction), total(b + direction) - total(b), 1e-4)
 
 
+def with_magnitude(factors, columns):
+    return factors | {"magnitude": 0.5 + jnp.abs(normal(columns, seed=5))}
+
+
+@pytest.mark.torch
+def test_dora_equals_peft(peft):
+    import torch
+
+    linear = torch.nn.Linear(5, 4)
+    config = peft.LoraConfig(
+        r=2, lora_alpha=1.0, lora_dropout=0.0, use_dora=True, target_modules=["0"]
+    )
+    model = peft.get_peft_model(torch.nn.Sequential(linear), config)
+    layer = model.base_model.model[0]
+    x, direction, dense = normal(2, 3, 5), normal(2, 3, 4, seed=1), Dense(4)
+    variables, factors = start(dense, x), with_magnitude(lora(5, 4, scale=0.5), 4)
+    theirs = {
+        "a": layer.lora_A["default"].weight,
+        "b": layer.lora_B["default"].weight,
+        "magnitude": layer.lora_magnitude_vector["default"].weight,
+    }
+    with torch.no_grad():
+        for name, leaf in theirs.items():
+            leaf.copy_(torch.tensor(np.array(factors[name]).T))
+        linear.weight.copy_(torch.tensor(np.array(variables["params"]["kernel"]).T))
+        linear.bias.copy_(torch.tensor(np.array(variables["params"]["bias"])))
+
+    y = model(torch.tensor(np.array(x)))
+    near(dense.apply(grafted(variables, factors), x), y.detach())
+    (y * torch.tensor(np.array(direction))).sum().backward()
+    total = lambda factors: (dense.apply(grafted(variables, factors), x) * direction).sum()  # noqa: E731
+    gradients = jax.grad(total)(factors)
+    for name, leaf in theirs.items():
+        near(gradients[name], leaf.grad.numpy().T, 2e-6)
+
+
+def test_dora_with_the_lengths_of_its_kernel_is_lora():
+    x, dense = normal(2, 3, 5), Dense(4)
+    variables, factors = start(dense, x), lora(5, 4)
+    kernel = variables["params"]["kernel"] + 0.5 * factors["a"] @ factors["b"]
+    lengths = factors | {"magnitude": jnp.linalg.norm(kernel, axis=0)}
+    plain = dense.apply(grafted(variables, factors), x)
+    near(dense.apply(grafted(variables, lengths), x), plain)
+
+
+# Attention
+
+
+def in_torch(attention, heads):
+    """Return torch's own attention with the weights of ours."""
+    import torch
+
+    theirs = torch.nn.MultiheadAttention(8, heads, batch_first=True)
+    inputs = [attention[name] for name in ("query", "key", "value")]
+    with torch.no_grad():
+        for leaf, name in ((theirs.in_proj_weight, "kernel"), (theirs.in_proj_bias, "bias")):
+            leaf.copy_(torch.tensor(np.concatenate([np.asarray(x[name]).T for x in inputs])))
+        theirs.out_proj.weight.copy_(torch.tensor(np.array(attention["out"]["kernel"]).T))
+        theirs.out_proj.bias.copy_(torch.tensor(np.array(attention["out"]["bias"])))
+    return theirs
+
+
+@pytest.mark.torch
+def test_attention_of_other_tokens_equals_torch():
+    import torch
+
+    x, query, attention = normal(2, 5, 8), normal(2, 3, 8, seed=1), layers.Attention(2)
+    variables = start(attention, x)
+    theirs = in_torch(variables["params"], 2)
+    q, k = (torch.tensor(np.array(value)) for value in (query, x))
+    near(attention.apply(variables, x, query=query), theirs(q, k, k)[0].detach(), 5e-6)
+
+
+def test_a_causal_token_does_not_see_what_follows():
+    x, attention = normal(2, 5, 8), layers.Attention(2, causal=True)
+    variables = start(attention, x)
+    read = jax.jit(jax.jacobian(lambda x: attention.apply(variables, x[None])[0].sum(1)))
+    reads = np.abs(read(x[0])).sum(2) > 0  # [token, token it reads]
+    np.testing.assert_array_equal(reads, np.tri(5, dtype=bool))
+
+
+def test_query_and_key_norms_standardise_every_head():
+    x, attention = normal(2, 5, 8), layers.Attention(2, qkv_bias=False, qk_norm=1e-6)
+    variables = start(attention, x)
+    params = variables["params"]
+    assert set(params["query"]) == {"kernel"} and set(params["out"]) == {"kernel", "bias"}
+    assert params["norm_query"]["scale"].shape == (4,)
+    # Standardised, the scores do not feel the size of queries and keys.
+    large = params | {name: {"kernel": 9 * params[name]["kernel"]} for name in ("query", "key")}
+    near(attention.apply({"params": large}, x), attention.apply(variables, x), 1e-5)
+
+
 # Convolution
 
 
 @pytest.mark.parametrize(
     ("size", "stride", "padding"),
-    [(1, 1, 0), (1, 2, 0), (3, 1, 1), (3, 2, 1), (3, 1, 0), (4, 4, 0), (3, 3, 1), (7, 2, 3)],
+    [
+        *[(1, 1, 0), (1, 2, 0), (3, 1, 1), (3, 2, 1), (3, 1, 0), (4, 4, 0), (3, 3, 1), (7, 2, 3)],
+        *[((2, 5), (2, 5), 0), ((3, 2), (1, 2), 1)],
+    ],
 )
 def test_convolution_as_matmul_equals_xla_with_gradients(size, stride, padding):
-    x, kernel = normal(2, 11, 10, 3), normal(size, size, 3, 4, seed=1)
+    size, stride = layers.pair(size), layers.pair(stride)
+    x, kernel = normal(2, 11, 10, 3), normal(*size, 3, 4, seed=1)
 
     def both(convolve):
         y, pull = jax.vjp(lambda x, k: convolve(x, k, stride, padding), x, kernel)
@@ -161,7 +258,7 @@ def test_conv_standardizes_every_filter():
     variables = start(conv, x)
     kernel = np.asarray(variables["params"]["kernel"])
     kernel = (kernel - kernel.mean((0, 1, 2))) / np.sqrt(kernel.var((0, 1, 2)) + 1e-10)
-    near(conv.apply(variables, x), layers.conv_by_xla(x, jnp.array(kernel), 1, 1), 1e-5)
+    near(conv.apply(variables, x), layers.conv_by_xla(x, jnp.array(kernel), (1, 1), 1), 1e-5)
 
 
 # Norms

@@ -66,6 +66,22 @@ def test_one_merged_layer_is_exact_to_rounding():
     np.testing.assert_allclose(merged, unmerged, rtol=0, atol=1e-6 * np.abs(unmerged).max())
 
 
+def test_a_merged_magnitude_gives_the_unmerged_outputs():
+    layer, rng = Dense(24), np.random.default_rng(0)
+    x = jnp.float32(rng.normal(size=(5, 7, 16)))
+    tree = with_b(grafted({"params": {"only": layer.init(KEY, x)["params"]}}, ("params/only",)))
+    only = tree["params"]["only"]
+    lora = only["lora"] | {"magnitude": jnp.float32(rng.uniform(0.5, 1.5, 24))}
+    tree = {"params": {"only": only | {"lora": lora}}}
+    unmerged = layer.apply({"params": tree["params"]["only"]}, x)
+    merged = merge(tree)["params"]["only"]
+    assert set(merged) == {"kernel", "bias"}
+    ours = layer.apply({"params": merged}, x)
+    np.testing.assert_allclose(ours, unmerged, rtol=0, atol=1e-6 * np.abs(unmerged).max())
+    lengths = np.linalg.norm(merged["kernel"], axis=0)
+    np.testing.assert_allclose(lengths, lora["magnitude"], rtol=1e-6)
+
+
 def test_merging_into_bfloat16_rounds_once():
     """Folded in float32: kernel + scale * a @ b, then one rounding to the kernel's dtype."""
     tree = with_b(grafted({"params": {"only": {"kernel": jnp.ones((16, 16))}}}, ("params/only",)))

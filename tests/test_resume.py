@@ -17,7 +17,7 @@ from tljax.__main__ import main
 from tljax.build import build
 from tljax.checkpoint import Checkpoints, read_tree
 from tljax.config import parse
-from tljax.source import open_source
+from tljax.source import merged, open_source
 from tljax.tree import flatten
 from tljax.types import BadInput
 
@@ -235,7 +235,7 @@ def test_a_run_is_adapted_by_lora_and_keeps_its_head(folder, vit, capsys):
     assert "100.0% of the pretrained numbers used" in capsys.readouterr().out
     table = (folder / "lora" / "tables.txt").read_text()
     assert "params/head/kernel                      loaded" in table and "fresh" not in table
-    tree, source = read_tree(folder / "lora"), open_source(str(folder / "lora"))
+    tree, source = read_tree(folder / "lora"), merged(open_source(str(folder / "lora")))
     assert not [path for path in flatten(source.tree) if "lora" in path]
     experiment = build(parse({"data": DIGITS, "weights": str(vit), "run": {"batch": 16}}))
     batch = next(iter(experiment.data.eval_batches("test")))

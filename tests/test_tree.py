@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tljax.tree import edit, flatten, join, label, matches, split, unflatten, unread
@@ -35,6 +35,7 @@ def test_globs(glob, path, expected):
     assert matches(glob, path) is expected
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow])  # of the first draw, on a busy machine
 @given(trees)
 def test_flatten_and_unflatten_are_inverse(tree):
     assert unflatten(flatten(tree)) == tree

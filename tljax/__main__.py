@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +12,7 @@ EXAMPLES = """examples:
   tljax train --config=configs/fashion_dinov2.py:lora --workdir=runs/lora --config.optim.lr=1e-3
   tljax eval runs/lora --data=fashion
   tljax predict runs/lora photos/ --out=preds.jsonl
+  tljax export runs/lora exported --to=hf --merge
 """
 
 
@@ -45,6 +47,15 @@ def make_parser() -> argparse.ArgumentParser:
     predict.add_argument("workdir", type=Path, help="folder of the run")
     predict.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="files or folders")
     predict.add_argument("--out", type=Path, default=Path("preds.jsonl"), help="JSONL to write")
+    export = add("export", "write weights for transformers, timm, PEFT or big_vision")
+    export.add_argument("source", help="a run, or whatever tljax.load takes")
+    export.add_argument("folder", type=Path, help="a new folder")
+    export.add_argument("--to", default="hf", help="hf, timm, npz or peft (default: hf)")
+    export.add_argument("--merge", action="store_true", help="fold LoRA into the kernels")
+    export.add_argument("--dtype", help="of the file: float32, bfloat16, float16; as the source")
+    export.add_argument("--naming", default="5", help="peft: for transformers 5 or 4")
+    export.add_argument("--base", help="peft: name or folder of the base model for the adapter")
+    export.add_argument("--tower", help="of a CLIP: vision or text")
     demo = add("demo", "adapt real weights to real data by every strategy, and compare")
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of results")
     demo.add_argument("--fast", action="store_true", help="a quick check, not a result")
@@ -76,7 +87,7 @@ def run(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
         with precision(config):
             experiment = build(config)
             if arguments.verb == "train":
-                print(to_json(train.train(experiment, arguments.workdir)))
+                print(to_json(train.train(experiment, arguments.workdir, arguments.command)))
             else:
                 print(train.tables(experiment))
                 print(train.plan(experiment, train.compile_step(experiment)))
@@ -86,6 +97,15 @@ def run(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
     elif arguments.verb == "predict":
         count = inference.predict_run(arguments.workdir, arguments.paths, arguments.out)
         print(f"{count} predictions in {arguments.out}")
+    elif arguments.verb == "export":
+        from tljax import exporter, pretrained
+
+        exporter.require_new(arguments.folder)
+        pre = pretrained.load(arguments.source, tower=arguments.tower)
+        print(f"{pre.origin}: {pre.report.totals()}; {pre.verified}")
+        names = ("to", "merge", "dtype", "naming", "base")
+        options = {name: getattr(arguments, name) for name in names}
+        print(f"{exporter.export(pre, arguments.folder, **options)}: read again, same outputs")
     else:
         from tljax import demo
 
@@ -97,6 +117,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = make_parser()
     arguments, rest = parser.parse_known_args(argv)
     overrides = overrides_of(rest, arguments.verb, parser)
+    arguments.command = shlex.join(["tljax", *(sys.argv[1:] if argv is None else argv)])
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     # A program that was compiled once starts at once; jax reads this when it is imported.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache/tljax/jax"))

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import UnionType
 from typing import Any
 
 import jax
@@ -22,11 +23,9 @@ from tljax import objectives, optim, sharding
 from tljax.config import Config, parse
 from tljax.data.pipeline import Pipeline, open_pipeline
 from tljax.edits.load import Report, load
-from tljax.layers import choose
-from tljax.models.bert import Bert
-from tljax.models.resnet import ResNet
-from tljax.models.vit import ViT
-from tljax.source import open_source
+from tljax.layers import choose, pair
+from tljax.models import MODELS, ViT
+from tljax.source import merged, open_source
 from tljax.state import Roles, State, apply_edits, assign_roles, make_birth, optimizer_specs
 from tljax.step import Shardings, make_step
 from tljax.strategies import STRATEGIES, Average, Strategy
@@ -34,10 +33,14 @@ from tljax.tree import flatten, map_with_path, nearest, split
 from tljax.types import BadInput, Edit, Key, Rules, Tree
 from tljax.weights import Source
 
-MODELS: dict[str, type[nn.Module]] = {"vit": ViT, "resnet": ResNet, "bert": Bert}
 DECIDED = {"parent", "name", "dtype", "num_classes", "mlm", "tokens", "tree", "source", "last_read"}
 """Arguments that the data, the task or the build decide: no option of a config."""
 CHANCES = {"dropout", "drop_path"}
+CLASSES = ("head", "head_dist")
+POOLING = ("mlm", "pooler", "map", "projection")
+"""Parts above the body: those that know the classes, and those that a file may lack."""
+MAY_BE_ZERO = {"registers", "types", "pad", "eot"}
+"""Counts that may be none, and token ids."""
 
 
 def check_options(function: Callable[..., Any], options: Mapping[str, Any], where: str) -> None:
@@ -59,7 +62,8 @@ def check_options(function: Callable[..., Any], options: Mapping[str, Any], wher
 def check_range(name: str, value: Any, hint: Any, where: str) -> None:
     """Refuse negative numbers, a size of zero, and a chance of one or more; raises BadInput."""
     numbers = [x for x in np.atleast_1d(value) if isinstance(x, int | float | np.number)]
-    counts = hint in (int, tuple[int, ...], tuple[int, int])
+    given = set(typing.get_args(hint)) - {type(None)} if isinstance(hint, UnionType) else {hint}
+    counts = given <= {int, tuple[int, ...], tuple[int, int]} and name not in MAY_BE_ZERO
     if any(number < counts for number in numbers):
         bound = "be at least 1" if counts else "not be negative"
         raise BadInput(f"{where}.{name} must {bound} (given {value!r})")
@@ -155,8 +159,8 @@ class Experiment:
 def derived_fields(name: str, config: Config, pipeline: Pipeline) -> dict[str, Any]:
     """Return the fields of a new model that its data decide."""
     if name == "vit":
-        cells = config.data.image_size // config.model.get("patch", ViT.patch)
-        return {"grid": (cells, cells)}
+        size, patch = config.data.image_size, config.model.get("patch", ViT.patch)
+        return {"grid": tuple(size // side for side in pair(patch))}
     if name == "bert":
         return {"vocab": pipeline.tokenizer.vocab_size, "pooler": False}
     return {}
@@ -172,7 +176,7 @@ def make_model(
         raise BadInput(f"weights {config.weights!r} are a {name}, not a {config.model['name']}")
     kind = choose(MODELS, name, "model.name")
     check_options(kind, overrides, "model")
-    if (pipeline.tokenizer is None) == (name == "bert"):
+    if name == "clip_text" or (pipeline.tokenizer is None) == (name == "bert"):
         raise BadInput(f"a {name} cannot read data {config.data.name!r}: text goes with bert")
     fields = dict(source.fields) if source else derived_fields(name, config, pipeline)
     fields = {name: value for name, value in fields.items() if name not in DECIDED} | overrides
@@ -194,10 +198,9 @@ def load_edit(
     """Match a source to the model's tree; heads for other labels start fresh."""
     same_task = labels is not None and source.labels == labels
     have, want = flatten(source.tree), flatten(abstract)
-    heads = [path for path in {**have, **want} if path.split("/")[1] in ("head", "mlm", "pooler")]
-    reset = [
-        path for path in heads if path in want and path.split("/")[1] == "head" and not same_task
-    ]
+    tops = {path: path.split("/")[1] for path in {**have, **want}}
+    heads = [path for path, top in tops.items() if top in POOLING or top in CLASSES]
+    reset = [path for path in heads if path in want and tops[path] in CLASSES and not same_task]
     fresh = [(path, "not in the source") for path in heads if path not in have]
     fresh += [(path, "head of a new task") for path in reset if path in have]
     ignored = [(path, "the model has no such head") for path in heads if path not in want]
@@ -208,15 +211,17 @@ def load_edit(
 
 def adaptations(model: nn.Module, image_size: int) -> Rules:
     """Name the leaves that a model changes as it reads them, and how."""
-    cells = (image_size // model.patch,) * 2 if isinstance(model, ViT) else None
-    if cells is None or cells == tuple(model.grid):
+    if not isinstance(model, ViT):
         return ()
-    return (("params/embed/pos", f"resampled in the call, {model.grid} -> {cells}, bicubic"),)
+    cells, how = model.cells(image_size, image_size), model.resample
+    if cells == tuple(model.grid):
+        return ()
+    return (("params/embed/pos", f"resampled in the call, {model.grid} -> {cells}, {how}"),)
 
 
 def open_parts(config: Config) -> tuple[Source | None, Pipeline]:
     """Open the weights and the data of a config, which several experiments may share."""
-    source = open_source(config.weights) if config.weights else None
+    source = merged(open_source(config.weights)) if config.weights else None
     if source and source.arch == "bert" and source.tokenizer is None:
         raise BadInput(f"{config.weights} has no tokenizer.json, so its token ids are unknown")
     if source and source.arch != "bert" and source.preprocess is None:
@@ -288,7 +293,7 @@ def build(config: Config, parts: tuple[Source | None, Pipeline] | None = None) -
         step=make_step(objective, tx, config.seed, shardings, config.run.microbatches),
         predict=jax.jit(predict, out_shardings=shardings.scalar),
         report=report if loads else None,
-        digest=source.digest if source else "",
+        digest=source.digest() if source else "",
     )
 
 

@@ -12,12 +12,13 @@ import numpy as np
 from scipy import special
 
 from tljax import objectives, sharding
-from tljax.build import MODELS, precision
+from tljax.build import precision
 from tljax.checkpoint import read_tree, write_text
 from tljax.config import Config, parse
 from tljax.data.pipeline import Pipeline, open_inputs, open_pipeline, unlabelled
 from tljax.data.sources import PICTURES, TABLES, read_table
 from tljax.evaluate import evaluate
+from tljax.models import MODELS
 from tljax.source import read_record
 from tljax.types import BadInput, Batch, Tree
 

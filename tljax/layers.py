@@ -5,6 +5,7 @@ reductions in float32.  Matmul precision follows `jax.default_matmul_precision`.
 
 Ports, the whole list of what a layer does because something is there:
 - `lora/{a, b, scale, rate}` beside a Dense `kernel`: y += scale * dropout(x, rate) @ a @ b.
+- `lora/magnitude` among them (DoRA): y then takes this length in every column of the kernel.
 - a `dropout` rng: Dropout, DropPath and the dropout inside LoRA are on.
 - `batch_stats` mutable (and not initialising): BatchNorm uses the batch and updates its averages.
 - `fixed_stats/<norm>/{mean, var}`: that BatchNorm reads these instead, and updates nothing.
@@ -33,6 +34,7 @@ Projected = Float[Array, "*b o"]
 Tokens = Float[Array, "b l d"]
 Image = Float[Array, "b h w c"]
 Map = Float[Array, "b y x o"]
+Kernel = Float[Array, "p q c o"]
 
 lecun_normal = nn.initializers.lecun_normal()
 small_normal = nn.initializers.truncated_normal(0.02)  # what BERT and ViT start tables with
@@ -40,6 +42,7 @@ small_normal = nn.initializers.truncated_normal(0.02)  # what BERT and ViT start
 ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
     "gelu": lambda x: jax.nn.gelu(x, approximate=False),  # exact, by erf
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),  # CLIP's
     "relu": jax.nn.relu,
 }
 
@@ -88,14 +91,16 @@ class Dense(nn.Module):
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
         y = rows @ kernel.astype(self.dtype)
         if self.has_variable("params", "lora"):
-            y += self.low_rank(rows)
+            lora = self.get_variable("params", "lora")
+            y += self.low_rank(rows, lora)
+            if "magnitude" in lora:
+                y *= along_last(lora["magnitude"] / column_lengths(kernel, lora), y)
         if self.use_bias:
             y += along_last(self.param("bias", nn.initializers.zeros, (self.features,)), y)
         return y.reshape(*x.shape[:-1], self.features)
 
-    def low_rank(self, rows: Float[Array, "n i"]) -> Float[Array, "n o"]:
+    def low_rank(self, rows: Float[Array, "n i"], lora: Mapping[str, Array]) -> Float[Array, "n o"]:
         """Return scale * dropout(x) @ a @ b.  Source: Hu et al. 2021, arXiv 2106.09685, eq. 3."""
-        lora = self.get_variable("params", "lora")
         a, b, scale = (lora[name].astype(self.dtype) for name in ("a", "b", "scale"))
         if self.has_rng("dropout"):
             key, rate = self.make_rng("dropout"), lora["rate"]
@@ -105,11 +110,27 @@ class Dense(nn.Module):
         return (rows @ a) @ b * scale
 
 
-def zero_head(classes: int | None, features: Features) -> Projected | None:
-    """Apply the calling module's Dense "head", which starts at zero and runs in float32."""
+def column_lengths(kernel: Float[Array, "i o"], lora: Mapping[str, Array]) -> Float[Array, " o"]:
+    """Return the length of every column of kernel + scale * a @ b, in float32, as a constant.
+
+    DoRA's gradient takes the length as given (section 4.3), and PEFT's does: nothing is frozen by
+    it, and the direction still learns.  Source: Liu et al. 2024, arXiv 2402.09353, eq. 5 and 11.
+    """
+    a, b = (lora[name].astype(jnp.float32) for name in ("a", "b"))
+    folded = kernel.astype(jnp.float32) + lora["scale"] * jnp.matmul(a, b, precision="highest")
+    return jax.lax.stop_gradient(jnp.sqrt(jnp.square(folded).sum(0)))
+
+
+def zero_head(classes: int | None, features: Features, name: str = "head") -> Projected | None:
+    """Apply a Dense of the calling module, which starts at zero and runs in float32."""
     if classes is None:
         return None
-    return Dense(classes, kernel_init=nn.initializers.zeros, name="head")(features)
+    return Dense(classes, kernel_init=nn.initializers.zeros, name=name)(features)
+
+
+def pair(size: int | tuple[int, int]) -> tuple[int, int]:
+    """Return height and width of what may be a square."""
+    return (size, size) if isinstance(size, int) else size
 
 
 class Conv(nn.Module):
@@ -120,8 +141,8 @@ class Conv(nn.Module):
     """
 
     features: int
-    size: int
-    stride: int = 1
+    size: int | tuple[int, int]
+    stride: int | tuple[int, int] = 1
     padding: int = 0
     use_bias: bool = False
     standardize: bool = False
@@ -129,37 +150,37 @@ class Conv(nn.Module):
 
     @nn.compact
     def __call__(self, x: Image) -> Map:
-        shape = (self.size, self.size, x.shape[-1], self.features)
-        kernel = self.param("kernel", lecun_normal, shape)
+        size, stride = pair(self.size), pair(self.stride)
+        kernel = self.param("kernel", lecun_normal, (*size, x.shape[-1], self.features))
         if self.standardize:
             kernel = standardised(kernel.astype(jnp.float32), (0, 1, 2), 1e-10)
         # A step of ResNet-50 (8 images of 224, 2 cores): 3.5 s by XLA's convolutions, 2.4 s so.
-        small = self.size <= 3 or self.size == self.stride
+        small = max(size) <= 3 or size == stride
         by = conv_as_matmul if small and jax.default_backend() == "cpu" else conv_by_xla
-        y = by(x.astype(self.dtype), kernel.astype(self.dtype), self.stride, self.padding)
+        y = by(x.astype(self.dtype), kernel.astype(self.dtype), stride, self.padding)
         if self.use_bias:
             y += along_last(self.param("bias", nn.initializers.zeros, (self.features,)), y)
         return y
 
 
-def conv_by_xla(x: Image, kernel: Float[Array, "p p c o"], stride: int, padding: int) -> Map:
+def conv_by_xla(x: Image, kernel: Kernel, stride: tuple[int, int], padding: int) -> Map:
     """Convolve with the backend's own convolution."""
-    axes, strides, pads = ("NHWC", "HWIO", "NHWC"), (stride, stride), [(padding, padding)] * 2
-    return jax.lax.conv_general_dilated(x, kernel, strides, pads, dimension_numbers=axes)
+    axes, pads = ("NHWC", "HWIO", "NHWC"), [(padding, padding)] * 2
+    return jax.lax.conv_general_dilated(x, kernel, stride, pads, dimension_numbers=axes)
 
 
-def conv_as_matmul(x: Image, kernel: Float[Array, "p p c o"], stride: int, padding: int) -> Map:
+def conv_as_matmul(x: Image, kernel: Kernel, stride: tuple[int, int], padding: int) -> Map:
     """Gather the windows (im2col) and convolve as one matrix product."""
-    size = kernel.shape[0]
+    tall, broad, (down, right) = *kernel.shape[:2], stride
     x = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
-    high, wide = ((length - size) // stride + 1 for length in x.shape[1:3])
-    if size == stride:  # windows do not overlap: a transpose
-        x = x[:, : high * size, : wide * size]
-        windows = rearrange(x, "b (h p) (w q) c -> b h w (p q c)", p=size, q=size)
+    high, wide = (x.shape[1] - tall) // down + 1, (x.shape[2] - broad) // right + 1
+    if (tall, broad) == stride:  # windows do not overlap: a transpose
+        x = x[:, : high * tall, : wide * broad]
+        windows = rearrange(x, "b (h p) (w q) c -> b h w (p q c)", p=tall, q=broad)
     else:
-        down, right = (stride * (count - 1) + 1 for count in (high, wide))
-        offsets = [(p, q) for p in range(size) for q in range(size)]
-        parts = [x[:, p : p + down : stride, q : q + right : stride] for p, q in offsets]
+        bottom, edge = down * (high - 1) + 1, right * (wide - 1) + 1
+        offsets = [(p, q) for p in range(tall) for q in range(broad)]
+        parts = [x[:, p : p + bottom : down, q : q + edge : right] for p, q in offsets]
         windows = jnp.concatenate(parts, axis=-1)
     y = windows.reshape(-1, windows.shape[-1]) @ kernel.reshape(-1, kernel.shape[-1])
     return y.reshape(*windows.shape[:3], -1)
@@ -184,6 +205,15 @@ class Embed(nn.Module):
         """Return the scalar product of x with every row."""
         rows = x.reshape(-1, x.shape[-1]).astype(self.dtype)
         return (rows @ self.embedding.astype(self.dtype).T).reshape(*x.shape[:-1], -1)
+
+
+def require_room(length: int, positions: int) -> None:
+    """Raise BadInput for texts longer than the position table."""
+    if length > positions:
+        raise BadInput(
+            f"texts of {length} tokens exceed the {positions} positions of this model; "
+            "truncate them when tokenizing"
+        )
 
 
 def standardised(x: Float[Array, "..."], axes: tuple[int, ...], eps: float) -> Array:
@@ -291,25 +321,44 @@ class DropPath(Dropout):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention, without dropout on its probabilities (not supported).
+    """Multi-head attention, without dropout on its probabilities (not supported).
 
-    Source: Vaswani et al. 2017, arXiv 1706.03762, section 3.2.
+    qk_norm: the eps of a LayerNorm over every head of query and key.  causal: a token sees those
+    before it and itself.  Source: Vaswani et al. 2017, arXiv 1706.03762, section 3.2; Dehghani et
+    al. 2023, arXiv 2302.05442, section 2 (qk_norm).
     """
 
     heads: int
     dtype: Any = jnp.float32
     kernel_init: Init = lecun_normal
+    qkv_bias: bool = True
+    qk_norm: float | None = None
+    causal: bool = False
 
     @nn.compact
-    def __call__(self, x: Tokens, mask: Bool[Array, "b l"] | None = None) -> Tokens:
+    def __call__(
+        self,
+        x: Tokens,
+        mask: Bool[Array, "b l"] | None = None,
+        query: Float[Array, "b m d"] | None = None,
+    ) -> Float[Array, "b m d"]:
+        """Return what the tokens of `query`, or those of x itself, read from x."""
         if x.shape[-1] % self.heads:
             raise BadInput(f"width {x.shape[-1]} does not divide into heads={self.heads}")
-
         dense = partial(Dense, x.shape[-1], dtype=self.dtype, kernel_init=self.kernel_init)
-        heads = (dense(name=name)(x) for name in ("query", "key", "value"))
-        query, key, value = (rearrange(y, "b l (h k) -> b l h k", h=self.heads) for y in heads)
+
+        def project(name: str, tokens: Array) -> Array:
+            y = dense(use_bias=self.qkv_bias, name=name)(tokens)
+            y = rearrange(y, "b l (h k) -> b l h k", h=self.heads)
+            if self.qk_norm is None or name == "value":
+                return y
+            return LayerNorm(self.qk_norm, self.dtype, name=f"norm_{name}")(y)
+
+        heads = project("query", x if query is None else query), project("key", x)
         pairs = None if mask is None else mask[:, None, None, :]
-        y = jax.nn.dot_product_attention(query, key, value, mask=pairs)
+        y = jax.nn.dot_product_attention(
+            *heads, project("value", x), mask=pairs, is_causal=self.causal
+        )
         return dense(name="out")(rearrange(y, "b l h k -> b l (h k)"))
 
 
@@ -326,6 +375,41 @@ class Mlp(nn.Module):
         act = choose(ACTIVATIONS, self.activation, "activation")
         y = act(Dense(self.hidden, dtype=self.dtype, kernel_init=self.kernel_init, name="up")(x))
         return Dense(x.shape[-1], dtype=self.dtype, kernel_init=self.kernel_init, name="down")(y)
+
+
+class PreNormBlock(nn.Module):
+    """x += scale(attention(norm(x))); x += scale(mlp(norm(x))).
+
+    layer_scale: its start value, or None for none.
+    Source: Dosovitskiy et al. 2020, arXiv 2010.11929, eq. 2 and 3.
+    """
+
+    heads: int
+    mlp: int
+    eps: float
+    activation: str
+    layer_scale: float | None = None
+    qkv_bias: bool = True
+    qk_norm: float | None = None
+    causal: bool = False
+    dropout: float = 0.0
+    drop_path: float = 0.0
+    dtype: Any = jnp.float32
+
+    def residual(self, y: Tokens, index: int) -> Tokens:
+        """Scale and drop a branch."""
+        y = Dropout(self.dropout)(y)
+        if self.layer_scale is not None:
+            y = LayerScale(self.layer_scale, name=f"scale{index}")(y)
+        return DropPath(self.drop_path)(y)
+
+    @nn.compact
+    def __call__(self, x: Tokens, mask: Bool[Array, "b l"] | None = None) -> Tokens:
+        options = self.qkv_bias, self.qk_norm, self.causal
+        attention = Attention(self.heads, self.dtype, lecun_normal, *options, name="attention")
+        mlp = Mlp(self.mlp, self.activation, self.dtype, name="mlp")
+        x = x + self.residual(attention(LayerNorm(self.eps, self.dtype, name="norm1")(x), mask), 1)
+        return x + self.residual(mlp(LayerNorm(self.eps, self.dtype, name="norm2")(x)), 2)
 
 
 def last_block(read: str | None, depth: int) -> int:

@@ -18,6 +18,8 @@ class Group(NamedTuple):
     decay: float = 1.0
 
 
+TOKENS = ("cls", "dist", "registers", "probe", "pos")
+"""Leaves of several axes that are no kernels: learned tokens and the position table."""
 DIRECTIONS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "adamw": lambda beta1, beta2, eps, momentum: optax.scale_by_adam(beta1, beta2, eps),
     "sgd": lambda beta1, beta2, eps, momentum: optax.trace(momentum),
@@ -51,7 +53,7 @@ def decay_mask(params: Tree) -> Tree:
 
     def decays(path: str, leaf: Any) -> float:
         name = path.rsplit("/", 1)[-1]
-        return float(leaf.ndim > 1 and name not in ("cls", "pos"))
+        return float(leaf.ndim > 1 and name not in TOKENS)
 
     return map_with_path(decays, params)
 

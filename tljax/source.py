@@ -1,19 +1,25 @@
 """Where a run starts from: named weights, a Hugging Face folder, or a finished run."""
 
+import hashlib
 import json
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from tljax.checkpoint import digest_of, read_tree
 from tljax.edits.lora import merge
-from tljax.tree import join
+from tljax.tree import flatten, join, map_with_path
 from tljax.types import BadInput, Tree
 from tljax.weights import Source, open_weights
+from tljax.weights.hf import complete
+from tljax.weights.peft import base_of, class_of, graft_adapter, read_adapter
 
-RECORD, RESULT = "run.json", "result.json"
+RECORD, RESULT, ADAPTER = "run.json", "result.json", "adapter_model.safetensors"
 
 
 def read_record(workdir: str | Path) -> dict[str, Any]:
@@ -38,22 +44,23 @@ def read_record(workdir: str | Path) -> dict[str, Any]:
 
 
 def plain(tree: Tree) -> Tree:
-    """Reduce a trained tree to a model's own variables, for another run to start from.
+    """Reduce a trained tree to a model's own variables, and what is grafted onto them, in float32.
 
-    Averages take the place of parameters, LoRA is folded into its kernels, and fixed statistics
-    are statistics again: `{params, ema, fixed_stats}  ->  {params, batch_stats}`.
+    Averages take the place of parameters, and fixed statistics are statistics again:
+    `{params, ema, fixed_stats}  ->  {params, batch_stats}`.
     """
-    # In float32, whatever the run computed in: a fold into bfloat16 rounds small updates away.
-    params = join(tree.get("ema"), tree)["params"]
-    params = merge(jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), params))
+    params = map_with_path(
+        lambda _, x: np.asarray(x, np.float32), join(tree.get("ema"), tree)["params"]
+    )
     statistics = tree.get("fixed_stats") or tree.get("batch_stats")
-    return {"params": jax.device_get(params)} | ({"batch_stats": statistics} if statistics else {})
+    return {"params": params} | ({"batch_stats": statistics} if statistics else {})
 
 
 def open_run(workdir: str | Path) -> Source:
     """Open a finished run as a source of weights, with its preprocessing and labels."""
-    facts = read_record(workdir)["model"]
-    if not (Path(workdir) / RESULT).is_file():
+    record = read_record(workdir)
+    facts, result = record["model"], Path(workdir) / RESULT
+    if not result.is_file():
         raise BadInput(f"the run in {workdir} is not finished: go on with it first")
     tree = plain(read_tree(workdir))
     return Source(
@@ -63,11 +70,60 @@ def open_run(workdir: str | Path) -> Source:
         preprocess=facts["preprocess"],
         tokenizer=facts["tokenizer"],
         labels=facts["labels"],
-        digest=digest_of(tree),
+        digest=partial(digest_of, tree),
         ignored={},
+        format="run",
+        kind="",
+        config=record | {"result": json.loads(result.read_text(encoding="utf8"))},
+        origin=str(workdir),
     )
 
 
-def open_source(name: str) -> Source:
-    """Open weights by name or path; a folder with a run record is a finished run."""
-    return open_run(name) if (Path(name) / RECORD).is_file() else open_weights(name)
+def open_source(name: str, tower: str | None = None) -> Source:
+    """Open weights by name or path; a folder with a run record is a finished run.
+
+    What is grafted onto the weights, such as LoRA, stays beside them.
+    """
+    if (Path(name) / RECORD).is_file():
+        return open_run(name)
+    if (Path(name) / "adapter_config.json").is_file() or Path(name).name == ADAPTER:
+        return open_adapter(Path(name).parent if Path(name).is_file() else Path(name), tower)
+    return open_weights(name, tower)
+
+
+def open_adapter(folder: Path, tower: str | None) -> Source:
+    """Open a PEFT adapter with the base model that it names: a name, or a path, also from it.
+
+    Raises: BadInput if the base is not there, or is not what the adapter was trained on.
+    """
+    adapter = read_adapter(folder)
+    if not (named := base_of(adapter)):
+        raise BadInput(f"{adapter.origin} names no base model: set base_model_name_or_path")
+    beside = folder / named
+    base = open_source(str(beside) if beside.exists() else named, tower)
+    if base.format not in ("hf", "onnx"):
+        raise BadInput(f"the base of {folder} is {named}, of format {base.format}: expected hf")
+    tree = graft_adapter(base.tree, adapter, base.kind, base.fields)
+    config = dict(base.config) | {"architectures": class_of(adapter), "base": named}
+    joint = lambda: hashlib.sha256((base.digest() + adapter.digest()).encode()).hexdigest()  # noqa: E731
+    return replace(
+        base,
+        fields=complete(base.fields, tree["params"], config),
+        tree=tree,
+        digest=joint,
+        config=config,
+        origin=adapter.origin,
+        format="peft",
+    )
+
+
+def merged(source: Source) -> Source:
+    """Fold what is grafted onto a source into its kernels, for a run to start from.
+
+    In float32, whatever a run computed in: a fold into bfloat16 rounds small updates away.
+    """
+    if not any("/lora/" in path for path in flatten(source.tree)):
+        return source
+    read = map_with_path(lambda _, leaf: jnp.asarray(np.asarray(leaf), jnp.float32), source.tree)
+    tree = jax.device_get(read | {"params": merge(read["params"])})
+    return replace(source, tree=tree, digest=partial(digest_of, tree))

@@ -14,7 +14,7 @@ from tljax.optim import Group
 from tljax.tree import flatten, subtrees, unflatten
 from tljax.types import BadInput, Edit, Key, Objective, Rules, Tree
 
-HEADS = ("params/head", "params/mlm")
+HEADS = ("params/head", "params/head_dist", "params/mlm")
 
 
 @dataclass(frozen=True)

@@ -145,14 +145,14 @@ class Intervals:
             self.due = None
 
 
-def train(experiment: Experiment, workdir: Path) -> dict[str, Any]:
+def train(experiment: Experiment, workdir: Path, command: str = "") -> dict[str, Any]:
     """Run an experiment in a folder, from its last checkpoint if there is one.
 
     Returns the result that is also written to result.json: validation and test metrics.
     Raises: BadInput if the folder holds a run of another config.
     """
     run = experiment.config.run
-    claim(experiment, workdir)
+    claim(experiment, workdir, command)
     if (workdir / RESULT).exists():
         print(f"{workdir} is finished")
         return dict(json.loads((workdir / RESULT).read_text()))
@@ -206,7 +206,7 @@ def git_state() -> str:
     return runs[0].stdout.strip() + ("+" if runs[1].stdout else "")
 
 
-def claim(experiment: Experiment, workdir: Path) -> None:
+def claim(experiment: Experiment, workdir: Path, command: str) -> None:
     """Write the run's record, or check that the folder's record is of the same run.
 
     Raises: BadInput naming the keys that differ; nothing in the folder is changed then.
@@ -238,6 +238,7 @@ def claim(experiment: Experiment, workdir: Path) -> None:
         "digest": experiment.digest,
         "versions": {package: version(package) for package in PACKAGES},
         "git": git_state(),
+        "command": command,
         "device": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
     }
     write_json(workdir / RECORD, record)

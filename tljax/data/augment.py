@@ -34,7 +34,9 @@ def sample_box(
     return None
 
 
-def random_resized_crop(image: Pixels, rng: Rng, size: int, scale: Range) -> Pixels:
+def random_resized_crop(
+    image: Pixels, rng: Rng, size: int, scale: Range, interpolation: str = "bicubic"
+) -> Pixels:
     """Cut a random box and resize it; when none fits, the largest middle box of a legal aspect."""
     ratio = (3 / 4, 4 / 3)
     height, width = image.shape[:2]
@@ -44,7 +46,8 @@ def random_resized_crop(image: Pixels, rng: Rng, size: int, scale: Range) -> Pix
         box_width = min(width, round(height * ratio[1]))
         box = (height - box_height) // 2, (width - box_width) // 2, box_height, box_width
     top, left, box_height, box_width = box
-    return resize(image[top : top + box_height, left : left + box_width], size, size)
+    inside = image[top : top + box_height, left : left + box_width]
+    return resize(inside, size, size, interpolation)
 
 
 def flip(image: Pixels, rng: Rng, chance: float = 0.5) -> Pixels:
@@ -110,19 +113,23 @@ def random_erasing(image: Floats, rng: Rng, chance: float) -> Floats:
 class TransformImage:
     """The transform of images: crop or fit to `size` pixels, flip, RandAugment, normalise, erase.
 
-    An `augment` of defaults leaves nothing to chance, which is evaluation.
+    An `augment` of defaults leaves nothing to chance, which is evaluation.  What a source fitted to
+    `size` by a ratio of its own (`fit`) is not fitted again.
     """
 
     size: int
     augment: Augment
     mean: tuple[float, ...] = IMAGENET["mean"]
     std: tuple[float, ...] = IMAGENET["std"]
+    interpolation: str = "bicubic"
 
     def __call__(self, example: dict, rng: Rng) -> dict:
         """Replace the image of an example."""
         augment, size = self.augment, self.size
         if augment.crop_scale:
-            image = random_resized_crop(example["image"], rng, size, augment.crop_scale)
+            image = random_resized_crop(
+                example["image"], rng, size, augment.crop_scale, self.interpolation
+            )
         else:
             image = fit(example, size)["image"]
         image = flip(image, rng, 0.5 * augment.flip)

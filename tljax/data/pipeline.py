@@ -1,7 +1,7 @@
 """A data set made ready for one model: opened, split, budgeted, encoded, batched."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from tljax.data.augment import MixImages, TransformImage
 from tljax.data.loader import Cached, Loader, Transform
 from tljax.data.sources import Info, Rows, Source, Splits, open_data
 from tljax.data.tokens import MaskTokens, Tokenizer, encode, encode_alike, pack, train_wordpiece
-from tljax.data.transforms import IMAGENET, fit
+from tljax.data.transforms import Preprocess, fit
 from tljax.types import BadInput, Batch
 
 VOCABULARY_TEXTS = 50_000  # texts that a new WordPiece vocabulary is learnt from
@@ -26,6 +26,7 @@ class Inputs:
     task: str
     loader: Loader
     eval_transform: Transform | None
+    preprocess: dict[str, Any]  # fields of Preprocess at the size of this run; none for texts
     tokenizer: Tokenizer | None = None
 
 
@@ -36,7 +37,6 @@ class Pipeline(Inputs):
     splits: Splits
     seed: int
     train_transform: Transform | None
-    preprocess: dict[str, Any]
     mix: Transform | None = None
 
     @property
@@ -85,26 +85,30 @@ def open_pipeline(
     loader = Loader(batch, threads, jax.process_index(), jax.process_count())
     common = {"task": task or splits.info.task or "mlm", "seed": seed, "loader": loader}
     if splits.info.kind == "image":
-        return _images(data, splits, IMAGENET | dict(preprocess or {}), common)
+        return _images(data, splits, Preprocess.read(preprocess), common)
     return _texts(data, splits, tokenizer, common)
 
 
-def _images(data: Data, splits: Splits, preprocess: dict[str, Any], common: Any) -> Pipeline:
+def _images(data: Data, splits: Splits, preprocess: Preprocess, common: Any) -> Pipeline:
     size, augment = data.image_size, data.augment
     softens = augment.mixup or augment.cutmix or augment.smoothing
     if softens and common["task"] != "classify":
         raise BadInput(f"mixup, cutmix and smoothing are for classify, not {common['task']}")
-    fitted = partial(fit, size=size)
+    fitted = partial(fit, size=size, preprocess=preprocess)
     train = Cached(splits.train, None if augment.crop_scale else fitted)  # a crop wants it whole
     validation, test = Cached(splits.validation, fitted), Cached(splits.test, fitted)
     return Pipeline(
         splits=Splits(train, validation, test, splits.info),
-        train_transform=TransformImage(size, augment, **preprocess),
-        eval_transform=TransformImage(size, Augment(), **preprocess),
+        train_transform=_transform(size, augment, preprocess),
+        eval_transform=_transform(size, Augment(), preprocess),
         mix=MixImages(len(splits.info.names), augment) if softens else None,
-        preprocess=preprocess,
+        preprocess=asdict(preprocess.at(size)),
         **common,
     )
+
+
+def _transform(size: int, augment: Augment, source: Preprocess) -> TransformImage:
+    return TransformImage(size, augment, source.mean, source.std, source.interpolation)
 
 
 def _texts(data: Data, splits: Splits, vocabulary: Path | None, common: Any) -> Pipeline:
@@ -137,10 +141,11 @@ def open_inputs(
     """Prepare inputs as a run did, without its data: what a prediction needs."""
     loader = Loader(batch, threads, jax.process_index(), jax.process_count())
     if tokenizer is None:
-        transform = TransformImage(data.image_size, Augment(), **preprocess)
-        return Inputs(task=task, loader=loader, eval_transform=transform)
+        size, source = data.image_size, Preprocess.read(preprocess)
+        transform, own = _transform(size, Augment(), source), asdict(source.at(size))
+        return Inputs(task=task, loader=loader, eval_transform=transform, preprocess=own)
     known = Tokenizer.from_file(tokenizer, data.length)
-    return Inputs(task=task, loader=loader, eval_transform=None, tokenizer=known)
+    return Inputs(task=task, loader=loader, eval_transform=None, preprocess={}, tokenizer=known)
 
 
 def unlabelled(inputs: Inputs, rows: Sequence[dict[str, Any]]) -> Iterator[Batch]:
@@ -153,4 +158,7 @@ def unlabelled(inputs: Inputs, rows: Sequence[dict[str, Any]]) -> Iterator[Batch
     source: Source = Rows(rows)
     if inputs.tokenizer is not None:
         source = encode(source, inputs.tokenizer)
+    else:
+        own = Preprocess.read(inputs.preprocess)
+        source = Cached(source, partial(fit, size=own.size[0], preprocess=own), limit=0)
     return inputs.loader.evaluate(source, inputs.eval_transform)

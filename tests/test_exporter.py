@@ -1,0 +1,253 @@
+"""Exports: other libraries open the folder, without a warning, and compute the same."""
+
+import json
+import logging
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+from test_models import close, images
+from test_pretrained import made
+
+import tljax
+from tljax.__main__ import main
+from tljax.edits.lora import Graft
+from tljax.exporter import export
+from tljax.pretrained import FIXTURE, NOTE, assemble
+from tljax.tree import flatten, map_with_path
+from tljax.types import BadInput
+
+LABELS = ("cat", "dog", "emu")
+IDS = np.random.default_rng(1).integers(3, 50, (2, 10)).astype(np.int32)
+MASK = (np.arange(10) < [[10], [7]]).astype(np.int32)
+
+
+def grafted(source, *targets, rank=2):
+    """Add LoRA factors that are not zero to a source."""
+    from dataclasses import replace
+
+    tree = Graft(targets, rank, 6.0, 0.0)(source.tree, jax.random.key(0))
+    rng = np.random.default_rng(2)
+
+    def draw(path, leaf):
+        wanted = path.endswith(("lora/a", "lora/b"))
+        return rng.normal(0, 0.2, leaf.shape).astype(np.float32) if wanted else np.asarray(leaf)
+
+    return replace(source, tree=map_with_path(draw, tree))
+
+
+def logits(pre, *inputs):
+    with jax.default_matmul_precision("highest"):
+        return np.asarray(pre.model.apply(pre.variables, *map(jnp.asarray, inputs)).logits)
+
+
+@pytest.fixture
+def strict(caplog):
+    """Fail on whatever transformers or peft have to say while they open a folder."""
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`")  # peft's own, of any model
+        yield
+    logger.removeHandler(caplog.handler)
+    said = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert not said
+
+
+IN_TRANSFORMERS = {
+    "vit": ("vit", {}),
+    "deit": ("vit", {"distilled": True, "grid": (4, 4)}),
+    "dinov2": ("vit", {"layer_scale": 0.5, "eps": 1e-6, "mlp": 64, "pool": "cls+mean"}),
+    "registers": (
+        "vit",
+        {"layer_scale": 0.5, "eps": 1e-6, "mlp": 64, "pool": "cls+mean", "registers": 2},
+    ),
+    "bert": ("bert", {"pool": "pooler", "pooler": True}),
+    "roberta": ("bert", {"pool": "pooler", "pooler": True, "types": 1, "pad": 1, "eps": 1e-5}),
+    "distilbert": (
+        "bert",
+        {"pool": "pooler", "pooler": True, "pooler_activation": "relu", "types": 0},
+    ),
+    "resnet": ("resnet", {}),
+}
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("name", IN_TRANSFORMERS)
+def test_transformers_opens_an_export_and_gives_the_same_logits(tmp_path, strict, name):
+    import torch
+    import transformers
+
+    arch, fields = IN_TRANSFORMERS[name]
+    pre = assemble(made(arch, LABELS, **fields), "")
+    folder = export(pre, tmp_path / name)
+    image = arch != "bert"
+    kind = transformers.AutoModelForImageClassification
+    if not image:
+        kind = transformers.AutoModelForSequenceClassification
+    model, info = kind.from_pretrained(folder, output_loading_info=True)
+    assert not any(info.values()), info
+    inputs = (images(2, 16, 16, 3),) if image else (IDS, MASK)
+    with torch.no_grad():
+        given = (
+            {"pixel_values": torch.tensor(inputs[0].transpose(0, 3, 1, 2))}
+            if image
+            else {"input_ids": torch.tensor(IDS).long(), "attention_mask": torch.tensor(MASK)}
+        )
+        reference = model.eval()(**given).logits.numpy()
+    close(logits(pre, *inputs), reference, 2e-5)
+    assert tuple(model.config.id2label[i] for i in range(3)) == LABELS
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("name", ["vit", "map", "resnet"])
+def test_timm_opens_an_export_and_gives_the_same_logits(tmp_path, timm, name):
+    import torch
+
+    cases = {
+        "vit": ("vit", {"eps": 1e-6}),
+        "map": ("vit", {"eps": 1e-6, "pool": "map", "map_head": True, "class_token": False}),
+        "resnet": ("resnet", {"stages": (1, 1, 1, 1), "width": 64}),
+    }
+    arch, fields = cases[name]
+    pre = assemble(made(arch, LABELS, **fields), "")
+    folder = export(pre, tmp_path / name, to="timm")
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("error")
+        model = timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+        pixels = images(2, 16, 16, 3)
+        reference = model(torch.tensor(pixels.transpose(0, 3, 1, 2))).numpy()
+    close(logits(pre, pixels), reference, 2e-5)
+
+
+def test_an_npz_comes_back_as_it_was(tmp_path):
+    fields = {"eps": 1e-6, "activation": "gelu_tanh", "prefix_positions": False}
+    pre = assemble(made("vit", LABELS, **fields, resample="bilinear"), "")
+    again = tljax.load(export(pre, tmp_path / "npz", to="npz") / "model.npz")
+    jax.tree.map(np.testing.assert_array_equal, again.variables, pre.variables)
+
+
+@pytest.mark.torch
+@pytest.mark.parametrize("naming", ["4", "5"])
+def test_a_lora_goes_to_peft_and_comes_back(tmp_path, peft, strict, naming):
+    import torch
+    import transformers
+
+    source = made("vit", LABELS)
+    base = export(assemble(source, ""), tmp_path / "base")
+    lora = grafted(source, "params/blocks/0/attention/query", "params/blocks/1/mlp/up")
+    pre = assemble(lora, "")
+    folder = export(pre, tmp_path / "lora", to="peft", naming=naming, base=str(base))
+    here = logits(tljax.load(folder), pixels := images(2, 16, 16, 3))
+    close(here, logits(pre, pixels), 2e-6)
+    if naming == "5":  # the installed transformers
+        model = transformers.ViTForImageClassification.from_pretrained(base)
+        model = peft.PeftModel.from_pretrained(model, folder).eval()
+        with torch.no_grad():
+            reference = model(torch.tensor(pixels.transpose(0, 3, 1, 2))).logits.numpy()
+        close(here, reference, 2e-5)
+        assert np.abs(here - logits(assemble(source, ""), pixels)).max() > 0.01
+
+
+def test_a_lora_is_folded_on_demand_and_the_card_says_what_rounding_costs(tmp_path):
+    source = made("vit", LABELS)
+    pre = assemble(grafted(source, "params/blocks/0/attention/query"), "")
+    with pytest.raises(BadInput, match="--merge"):
+        export(pre, tmp_path / "no")
+    assert not (tmp_path / "no").exists()
+    pixels = images(2, 16, 16, 3)
+    exact = export(pre, tmp_path / "exact", merge=True)
+    close(logits(tljax.load(exact), pixels), logits(pre, pixels), 2e-6)
+    half = export(pre, tmp_path / "half", merge=True, dtype="bfloat16")
+    assert load_file(half / FIXTURE)["logits"].dtype == np.float32
+    line = next(x for x in (half / "README.md").read_text().splitlines() if "LoRA folded" in x)
+    lost = float(line.split("changes the updates by ")[1].split("%")[0]) / 100
+    kernel = "params/blocks/0/attention/query/kernel"
+    sums = flatten(tljax.load(exact).variables)[kernel]
+    update = sums - flatten(source.tree)[kernel]
+    rounded = np.asarray(sums).astype(jnp.bfloat16).astype(np.float32)
+    assert lost == pytest.approx(np.linalg.norm(rounded - sums) / np.linalg.norm(update), rel=0.01)
+
+
+@pytest.mark.parametrize("dtype", [None, "bfloat16", "float16"])
+def test_the_type_of_a_file_is_kept_unless_another_is_asked_for(tmp_path, dtype):
+    pre = assemble(made("vit", LABELS), "")
+    first = export(pre, tmp_path / "first", dtype=dtype)
+    second = export(tljax.load(first), tmp_path / "second")
+    one, two = ((folder / "model.safetensors").read_bytes() for folder in (first, second))
+    assert one == two  # byte for byte
+    kinds = {str(tensor.dtype) for tensor in load_file(first / "model.safetensors").values()}
+    assert kinds == {dtype or "float32"}
+
+
+def test_nothing_is_overwritten_and_nothing_half_written(tmp_path):
+    pre = assemble(made("vit", LABELS), "")
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("x")
+    with pytest.raises(BadInput, match="is there already"):
+        export(pre, tmp_path / "full")
+    for options, word in (
+        ({"to": "onnx"}, "hf, timm, npz, peft"),
+        ({"dtype": "int8"}, "float32, bfloat16, float16"),
+        ({"to": "npz"}, "eps"),
+        ({"to": "peft"}, "none"),
+    ):
+        with pytest.raises(BadInput, match=word):
+            export(pre, tmp_path / "new", **options)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["full"]
+
+
+def test_an_export_that_computes_something_else_is_not_left_behind(tmp_path, monkeypatch):
+    pre = assemble(made("vit", LABELS), "")
+    wrong = map_with_path(lambda _, x: x * 1.1, pre.variables)
+    monkeypatch.setattr("tljax.exporter.load", lambda path: assemble(made("vit", LABELS), ""))
+    with pytest.raises(BadInput, match=r"other (pooled|logits)"):
+        from dataclasses import replace
+
+        export(replace(pre, variables=wrong), tmp_path / "wrong")
+    assert not list(tmp_path.iterdir())
+
+
+CONFIG = """
+from ml_collections import ConfigDict
+
+
+def get_config():
+    return ConfigDict({
+        "data": {"name": "digits", "image_size": 16, "labels": 64, "test": "test[:64]"},
+        "model": {"name": "vit", "width": 32, "depth": 2, "heads": 2, "mlp": 64, "patch": 4},
+        "strategy": {"name": "scratch"},
+        "run": {"steps": 2, "batch": 16},
+    })
+"""
+
+
+def test_a_run_is_exported_with_its_own_facts(tmp_path, capsys):
+    (tmp_path / "config.py").write_text(CONFIG)
+    words = [f"--config={tmp_path / 'config.py'}", f"--workdir={tmp_path / 'run'}"]
+    assert main(["train", *words]) == 0
+    out = tmp_path / "out"
+    options = ["--to=timm"]  # transformers has no ViT of eps 1e-6 with a class token and no scale
+    assert main(["export", str(tmp_path / "run"), str(out), *options]) == 0
+    assert "same outputs" in capsys.readouterr().out
+    card, result = (out / "README.md").read_text(), tmp_path / "run" / "result.json"
+    test = json.loads(result.read_text())["test"]
+    for fact in (
+        f"| accuracy | {test['accuracy']:.4f} | [{test['accuracy/low']:.4f}, ",
+        "On 64 examples",
+        "- data: digits, 64 labels",
+        "strategy: scratch",
+        "2 steps of 16 examples, seed 0",
+        "tljax train --config=",
+    ):
+        assert fact in card, f"{fact!r} is not in\n{card}"
+    assert json.loads((out / NOTE).read_text())["digest"]
+    pre = tljax.load(out)
+    assert pre.labels == tuple("0123456789") and "verified" in pre.verified

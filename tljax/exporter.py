@@ -1,0 +1,265 @@
+"""`tljax export`: a trained or loaded model as other libraries read it, with proof."""
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+
+from tljax.card import make_card
+from tljax.checkpoint import write_json, write_text
+from tljax.edits.lora import merge as fold
+from tljax.layers import choose
+from tljax.models import MODELS
+from tljax.pretrained import FIXTURE, NOTE, Pretrained, close, example_inputs, load, outputs
+from tljax.source import ADAPTER, open_source
+from tljax.tree import flatten, map_with_path, unflatten
+from tljax.types import BadInput, Tree
+from tljax.weights import hf, npz, peft, timm
+from tljax.weights.files import DTYPES
+from tljax.weights.hf_config import kind_of, to_config
+from tljax.weights.preprocess import shift, to_hf
+from tljax.weights.table import to_foreign
+
+OURS = {"parent", "name", "dtype", "read", "dropout", "drop_path", "momentum"}
+"""Fields that say how a model is trained or run here, not what it is."""
+NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+
+
+@dataclass(frozen=True)
+class Written:
+    """What a format wants on disk: tensors of one file, JSON documents, words for the card."""
+
+    tensors: Mapping[str, np.ndarray]
+    weights: str
+    documents: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+    use: Mapping[str, str] = field(default_factory=dict)
+
+
+def export(
+    pre: Pretrained,
+    folder: str | Path,
+    to: str = "hf",
+    *,
+    merge: bool = False,
+    dtype: str | None = None,
+    naming: str = "5",
+    base: str | None = None,
+) -> Path:
+    """Write a model to a new folder, open it again, and compare what the two compute.
+
+    to: "hf" (transformers), "timm", "npz" (big_vision) or "peft" (the LoRA alone).  merge: fold
+    LoRA into the kernels, in float32; the error of casting the sum to `dtype` goes to the card.
+    dtype: of the file, by default the source's.  naming: the major version of transformers whose
+    module names a PEFT adapter uses.  base: where the adapter's base model is.
+
+    Raises: BadInput if the folder is not empty or the format has no place for the model.
+    """
+    writer = choose(WRITERS, to, "to")
+    require_new(folder := Path(folder))
+    tree, notes = prepare(pre, to, merge, kind := file_dtype(pre, dtype))
+    written = writer(pre, tree, naming, base)
+    with whole(folder) as place:
+        write_weights(place / written.weights, written.tensors, kind)
+        for name, document in written.documents.items():
+            write_json(place / name, document)
+        if pre.tokenizer:
+            pre.tokenizer.save(place / "tokenizer.json")
+        digest = open_source(str(place / written.weights)).digest()  # of an adapter and its base
+        write_json(place / NOTE, {"digest": digest, "exported": to})
+        parameters = sum(leaf.size for leaf in flatten(tree["params"]).values())
+        facts = pre.record | {"notes": [*notes, *written.notes]}
+        text = make_card(folder.name, to, parameters, facts, **written.use)
+        write_text(place / "README.md", text)
+        prove(replace(pre, variables=tree), place, written)
+    return folder
+
+
+def require_new(folder: Path) -> None:
+    """Raise BadInput for a folder that something would be lost in."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise BadInput(f"{folder} is there already: name a new folder")
+
+
+def file_dtype(pre: Pretrained, name: str | None) -> Any:
+    """Return the type of the file's numbers: as asked, else the source's if it has but one."""
+    if name:
+        return DTYPES[NAMES[choose({n: n for n in NAMES}, name, "dtype")]]
+    kinds = {np.dtype(leaf.dtype) for leaf in flatten(pre.source.tree).values()}
+    return kinds.pop() if len(kinds) == 1 else np.float32
+
+
+def prepare(pre: Pretrained, to: str, merge: bool, kind: Any) -> tuple[Tree, list[str]]:
+    """Return the tree to write, rounded to the file's type, and what rounding a fold cost.
+
+    Raises: BadInput for a LoRA that the format cannot hold, or none where it is wanted.
+    """
+    grafted = any("/lora/" in path for path in flatten(pre.variables))
+    if to == "peft" and (merge or not grafted):
+        raise BadInput("--to=peft writes a LoRA: " + ("leave --merge out" if grafted else "none"))
+    if to != "peft" and grafted and not merge:
+        raise BadInput(f"--to={to} has no place for LoRA: fold it with --merge, or --to=peft")
+    tree = fold(pre.variables) if merge else pre.variables
+    rounded = map_with_path(lambda _, x: np.asarray(x).astype(kind).astype(np.float32), tree)
+    return rounded, fold_errors(pre.variables, tree, rounded, np.dtype(kind).name) if merge else []
+
+
+def fold_errors(before: Tree, exact: Tree, rounded: Tree, name: str) -> list[str]:
+    """Say how much of every LoRA's update is lost where its sum with the kernel is rounded."""
+    old, new, cast = flatten(before), flatten(exact), flatten(rounded)
+    lost = {}
+    for path in (p.removesuffix("/lora/a") for p in old if p.endswith("/lora/a")):
+        kernel = f"{path}/kernel"
+        update = np.linalg.norm(new[kernel] - old[kernel])
+        lost[path] = float(np.linalg.norm(cast[kernel] - new[kernel]) / max(float(update), 1e-30))
+    if not lost:
+        return []
+    worst = max(lost, key=lambda path: lost[path])
+    return [
+        f"LoRA folded into {len(lost)} kernels in float32; rounding the sums to {name} changes the "
+        f"updates by {np.mean([*lost.values()]):.2%} of their norm in the mean, {lost[worst]:.2%} "
+        f"at most ({worst})"
+    ]
+
+
+@contextmanager
+def whole(folder: Path) -> Iterator[Path]:
+    """Give a temporary folder beside; it takes the folder's place when all went well."""
+    place = folder.with_name(f"{folder.name}.tmp")
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir(parents=True)
+    try:
+        yield place
+        if folder.exists():
+            folder.rmdir()  # it is empty
+        place.rename(folder)
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def write_weights(path: Path, tensors: Mapping[str, np.ndarray], kind: Any) -> None:
+    """Write the tensors, numbers with fractions in the file's type."""
+    fractions = {name: np.issubdtype(x.dtype, np.floating) for name, x in tensors.items()}
+    cast = {
+        name: np.array(x, kind if fractions[name] else x.dtype, order="C")
+        for name, x in tensors.items()
+    }
+    if path.suffix == ".npz":
+        npz.write_npz(path, cast)
+    else:
+        safetensors.numpy.save_file(cast, path, metadata={"format": "pt"})
+        path.chmod(path.parent.stat().st_mode & 0o666)  # the library lets nobody else read it
+
+
+def prove(pre: Pretrained, place: Path, written: Written) -> None:
+    """Write inputs with their outputs beside the weights, and compare what the folder gives.
+
+    Raises: BadInput if the folder, opened again, gives something else.
+    """
+    inputs = fixture_inputs(pre)
+    expected = outputs(pre, inputs)
+    safetensors.numpy.save_file(inputs | expected, place / FIXTURE)
+    found = outputs(load(place / written.weights), inputs)
+    for name, value in expected.items():
+        if name in found and not close(found[name], value):
+            raise BadInput(f"the exported folder gives other {name}: nothing was written")
+
+
+def fixture_inputs(pre: Pretrained) -> dict[str, np.ndarray]:
+    """Draw two small inputs, the same ones every time."""
+    rng = np.random.default_rng(0)
+    (like,) = example_inputs(pre.model)
+    if like.ndim == 4:
+        return {"images": rng.normal(size=(2, *like.shape[1:])).astype(np.float32)}
+    length = min(16, pre.model.positions - 2)
+    ids = rng.integers(3, pre.model.vocab, (2, length)).astype(np.int32)
+    ids[:, -1] = getattr(pre.model, "eot", None) or ids[:, -1]
+    mask = (np.arange(length) < [[length], [length - 2]]).astype(np.int32)
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def fields_of(pre: Pretrained) -> dict[str, Any]:
+    """Return the fields of a whole model; raises BadInput for one that is cut at a block."""
+    if getattr(pre.model, "read", None) is not None:
+        raise BadInput(f"a model read at {pre.model.read} is no whole model: export one without")
+    names = MODELS[pre.source.arch].__dataclass_fields__.keys() - OURS
+    return {name: getattr(pre.model, name) for name in sorted(names)}
+
+
+def kind_in_hf(pre: Pretrained, fields: Mapping[str, Any]) -> str:
+    """Return the type of model in transformers: the one it came as, else by its fields."""
+    kept = pre.source.format in ("hf", "peft") and pre.source.kind in hf.ARCHS
+    return pre.source.kind if kept else kind_of(pre.source.arch, fields)
+
+
+def to_transformers(pre: Pretrained, tree: Tree, naming: str, base: str | None) -> Written:
+    """Lay a model out as transformers' save_pretrained does."""
+    fields = fields_of(pre)
+    kind = kind_in_hf(pre, fields)
+    name, leaves = hf.file_of(kind, fields)
+    held = {leaf.ours for leaf in leaves}
+    kept = {path: leaf for path, leaf in flatten(tree).items() if path in held}
+    tensors = to_foreign(unflatten(kept), leaves, fields)
+    tensors |= hf.fillers(kind, tensors, fields.get("width", 0))
+    documents = {"config.json": to_config(pre.source.arch, fields, pre.labels, kind)}
+    left = sorted(flatten(tree).keys() - held)  # a pooler that nothing reads
+    notes = tuple(f"{path} is left out: {name} does not read it" for path in left)
+    if pre.preprocess:
+        own = asdict(pre.preprocess)
+        documents["preprocessor_config.json"] = to_hf(own)
+        notes += tuple(filter(None, [shift(own, "hf")]))
+    return Written(tensors, "model.safetensors", documents, notes, {"auto": name})
+
+
+def to_timm_folder(pre: Pretrained, tree: Tree, naming: str, base: str | None) -> Written:
+    """Lay a model out as timm's save_for_hf does."""
+    fields, own = fields_of(pre), asdict(pre.preprocess) if pre.preprocess else None
+    config = timm.to_timm_config(pre.source.arch, fields, pre.labels, own)
+    notes = tuple(filter(None, [shift(own, "timm")])) if own else ()
+    tensors = to_foreign(tree, timm.spell(fields), fields)
+    return Written(tensors, "model.safetensors", {"config.json": config}, notes)
+
+
+def to_big_vision(pre: Pretrained, tree: Tree, naming: str, base: str | None) -> Written:
+    """Lay a model out as big_vision's checkpoints are."""
+    return Written(npz.to_npz(tree, fields_of(pre)), "model.npz")
+
+
+def to_adapter(pre: Pretrained, tree: Tree, naming: str, base: str | None) -> Written:
+    """Lay the LoRA out as PEFT's save_pretrained does."""
+    fields = fields_of(pre)
+    named = base or base_name(pre)
+    config_of = choose({"4": "4", "5": "5"}, naming, "naming")
+    tensors, config = peft.to_peft(tree, kind_in_hf(pre, fields), fields, named, naming=config_of)
+    auto = config["auto_mapping"]["base_model_class"]
+    documents = {"adapter_config.json": config}
+    return Written(tensors, ADAPTER, documents, use={"auto": auto, "base": named})
+
+
+def base_name(pre: Pretrained) -> str:
+    """Return name or path of the model that a LoRA was trained on, in transformers' format.
+
+    Raises: BadInput if there is none that PEFT could open.
+    """
+    config = pre.source.config
+    named = config.get("base") if pre.source.format == "peft" else config["config"]["weights"]
+    found = open_source(named) if named else None
+    if found is None or found.format != "hf":
+        raise BadInput(
+            f"the LoRA's base is {named or 'random'}, not a model of transformers: export it first "
+            f"(tljax export {named or 'RUN'} BASE --to=hf) and say --base=BASE"
+        )
+    return named if Path(named).is_dir() else str(Path(found.origin).parent)
+
+
+WRITERS: Mapping[str, Callable[[Pretrained, Tree, str, str | None], Written]] = {
+    "hf": to_transformers,
+    "timm": to_timm_folder,
+    "npz": to_big_vision,
+    "peft": to_adapter,
+}
