@@ -218,7 +218,8 @@ def target_of(model: nn.Module, tree: Tree) -> Tree:
     """
     depth = getattr(model, "depth", None)
     one = model if depth is None else model.clone(depth=1, read=None)
-    target = jax.eval_shape(lambda: one.init(jax.random.key(0), *example_inputs(model)))
+    init = lambda *inputs: one.init(jax.random.key(0), *inputs)  # noqa: E731
+    target = jax.eval_shape(init, *example_inputs(model))
     if depth is not None:
         blocks = {str(i): target["params"]["blocks"]["0"] for i in range(depth)}
         target["params"]["blocks"] = blocks
