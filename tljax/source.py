@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -79,16 +80,19 @@ def open_run(workdir: str | Path) -> Source:
     )
 
 
-def open_source(name: str, tower: str | None = None) -> Source:
+def open_source(
+    name: str, tower: str | None = None, given: Mapping[str, Any] | None = None
+) -> Source:
     """Open weights by name or path; a folder with a run record is a finished run.
 
-    What is grafted onto the weights, such as LoRA, stays beside them.
+    What is grafted onto the weights, such as LoRA, stays beside them.  given: fields of the model
+    that a caller decides, and nothing need be assumed about.
     """
     if (Path(name) / RECORD).is_file():
         return open_run(name)
     if (Path(name) / "adapter_config.json").is_file() or Path(name).name == ADAPTER:
         return open_adapter(Path(name).parent if Path(name).is_file() else Path(name), tower)
-    return open_weights(name, tower)
+    return open_weights(name, tower, given)
 
 
 def open_adapter(folder: Path, tower: str | None) -> Source:

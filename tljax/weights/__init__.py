@@ -30,10 +30,13 @@ DINOV2: Mapping[str, Any] = {
 IMAGENET: Mapping[str, Any] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
-def open_weights(name_or_path: str | Path, tower: str | None = None) -> Source:
+def open_weights(
+    name_or_path: str | Path, tower: str | None = None, given: Mapping[str, Any] | None = None
+) -> Source:
     """Open an asset by name, a file or folder by path, or a repository of the Hugging Face hub.
 
-    tower: "vision" or "text", of a CLIP that holds both.
+    tower: "vision" or "text", of a CLIP that holds both.  given: fields that win over what timm's
+    and big_vision's files leave to be assumed.
     Raises: BadInput for what is not there, and for what is not understood.
     """
     path = _find(str(name_or_path))
@@ -42,13 +45,13 @@ def open_weights(name_or_path: str | Path, tower: str | None = None) -> Source:
     if path.suffix == ".onnx":
         return _open_onnx(path)
     if path.suffix == ".npz":
-        return open_npz_weights(path)
+        return open_npz_weights(path, given)
     inside = path if path.is_dir() else path.parent
     if path.is_dir() and (inside / folder.ADAPTER).is_file():
         raise BadInput(f"{path} is an adapter, whose base is read first: open it by tljax.load")
     config = read_json(inside / "config.json")
     if "model_type" not in config and ("architecture" in config or path.suffix == ".safetensors"):
-        return open_timm(path)
+        return open_timm(path, given)
     if not config:
         names = ", ".join(sorted(file.name for file in inside.iterdir())[:8]) or "nothing"
         raise BadInput(
