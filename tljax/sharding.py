@@ -91,12 +91,17 @@ def under(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
     return traced
 
 
+SMALL = 1 << 20  # bytes that numpy turns sooner than a program for it is compiled
+
+
 def put(array: np.ndarray) -> jax.Array:
     """Put an array on the first device; a transposed view goes as it lies in memory.
 
     It is turned there, on a CPU by its layout alone: no number moves, where numpy would take
     longer than reading the file took.
     """
+    if array.nbytes < SMALL:
+        return jax.device_put(np.asarray(array, order="C"), jax.devices()[0])
     order = tuple(sorted(range(array.ndim), key=lambda axis: (-array.strides[axis], axis)))
     whole = jax.device_put(array.transpose(order), jax.devices()[0])
     return whole if order == tuple(range(array.ndim)) else _turn(order)(whole)
