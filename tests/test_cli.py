@@ -445,7 +445,12 @@ def test_ctrl_c_ends_the_demo_and_its_workers(tmp_path):
     pipe.parent.mkdir(parents=True)
     os.mkfifo(pipe)
     environment = os.environ | {"TLJAX_ASSETS": str(tmp_path)}
-    words = [sys.executable, "-m", "tljax", "demo", f"--out={tmp_path}"]
+    # Hears also where the tests run in the background, whose children begin deaf to it.
+    program = (
+        "import signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler);"
+        "from tljax.__main__ import main; sys.exit(main(sys.argv[1:]))"
+    )
+    words = [sys.executable, "-c", program, "demo", f"--out={tmp_path}"]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "cwd": ROOT}
     demo = subprocess.Popen(words, env=environment, start_new_session=True, **options)
     try:
@@ -456,3 +461,4 @@ def test_ctrl_c_ends_the_demo_and_its_workers(tmp_path):
     finally:
         with suppress(ProcessLookupError):
             os.killpg(demo.pid, signal.SIGKILL)
+        demo.communicate()

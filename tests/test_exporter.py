@@ -207,7 +207,7 @@ def test_nothing_is_overwritten_and_nothing_half_written(tmp_path):
 def test_an_export_that_computes_something_else_is_not_left_behind(tmp_path, monkeypatch):
     pre = assemble(made("vit", LABELS), "")
     wrong = map_with_path(lambda _, x: x * 1.1, pre.variables)
-    monkeypatch.setattr("tljax.exporter.load", lambda path: assemble(made("vit", LABELS), ""))
+    monkeypatch.setattr("tljax.exporter.load", lambda path, **_: assemble(made("vit", LABELS), ""))
     with pytest.raises(BadInput, match=r"other (pooled|logits)"):
         from dataclasses import replace
 

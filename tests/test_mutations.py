@@ -97,13 +97,13 @@ def load(path):
     return tljax.load(path if path.suffix == ".npz" else path.parent)
 
 
-def refused(path, *words):
+def refused(path, *words, seconds=SECONDS):
     """Load; it must be refused at once, naming the file (or the one it contradicts) and a word."""
     began = process_time()
     with pytest.raises(BadInput) as caught:
         load(path)
-    seconds, said = process_time() - began, str(caught.value)
-    assert seconds < SECONDS, said
+    took, said = process_time() - began, str(caught.value)
+    assert took < seconds, said
     assert str(path) in said or str(path.with_name("config.json")) in said
     assert not words or any(word in said for word in words), (words, said)
     assert len(said) < 2000 and len(said.splitlines()) <= 5
@@ -271,7 +271,7 @@ def test_other_values_are_noticed(weights, name):
         found = change(path, state)
         assert any((found[tensor] != state[tensor]).any() for tensor in found)
         write(path, state | found)
-        refused(path, "changed since their export")
+        refused(path, "changed since their export", seconds=60)  # the model is compiled and run
     (path.parent / NOTE).unlink()
     assert load(path).verified == "values unverified"
 

@@ -187,7 +187,7 @@ def test_a_shape_that_the_configuration_does_not_give_is_refused(tmp_path):
 
     ids = np.zeros((1, 3), np.int32)
     source = open_weights(write_folder(tmp_path / "cut", cut))
-    with pytest.raises(BadInput, match=r"blocks/1/mlp/up/kernel: .* \(8, 5\), .* \(8, 12\)"):
+    with pytest.raises(BadInput, match=r"blocks/1/mlp/up/kernel .*: .* \(8, 5\), .* \(8, 12\)"):
         run(source, ids, mlm=True)
     source = open_weights(write_folder(tmp_path / "wide", config={"hidden_size": 16}))
     with pytest.raises(BadInput, match=r"gives shape \(8,\), the model expects \(16,\)"):

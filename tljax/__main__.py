@@ -12,7 +12,7 @@ EXAMPLES = """examples:
   tljax train --config=configs/fashion_dinov2.py:lora --workdir=runs/lora --config.optim.lr=1e-3
   tljax eval runs/lora --data=fashion
   tljax predict runs/lora photos/ --out=preds.jsonl
-  tljax export runs/lora exported --to=hf --merge
+  tljax export runs/digits exported --to=timm
 """
 
 

@@ -1,6 +1,8 @@
 """`tljax export`: a trained or loaded model as other libraries read it, with proof."""
 
+import os
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -15,18 +17,20 @@ from tljax.checkpoint import write_json, write_text
 from tljax.edits.lora import merge as fold
 from tljax.layers import choose
 from tljax.models import MODELS
-from tljax.pretrained import FIXTURE, NOTE, Pretrained, close, example_inputs, load, outputs
+from tljax.pretrained import FIXTURE, IMAGES, NOTE, Pretrained, close, example_inputs, load, outputs
 from tljax.source import ADAPTER, open_source
 from tljax.tree import flatten, map_with_path, unflatten
 from tljax.types import BadInput, Tree
+from tljax.weights import NAMES as ASSETS
 from tljax.weights import hf, npz, peft, timm
-from tljax.weights.files import DTYPES
+from tljax.weights.files import DTYPES, digest_of
 from tljax.weights.hf_config import kind_of, to_config
 from tljax.weights.preprocess import shift, to_hf
 from tljax.weights.table import to_foreign
 
 OURS = {"parent", "name", "dtype", "read", "dropout", "drop_path", "momentum"}
 """Fields that say how a model is trained or run here, not what it is."""
+os.umask(UMASK := os.umask(0))
 NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
@@ -61,9 +65,11 @@ def export(
     Raises: BadInput if the folder is not empty or the format has no place for the model.
     """
     writer = choose(WRITERS, to, "to")
-    require_new(folder := Path(folder))
+    require_new(folder := Path(folder).absolute())
+    if (arch := pre.source.arch) not in ARCHS[to]:
+        raise BadInput(f"{to} has no {arch}; it has {', '.join(ARCHS[to])}")
     tree, notes = prepare(pre, to, merge, kind := file_dtype(pre, dtype))
-    written = writer(pre, tree, naming, base)
+    written = writer(pre, tree, kind, {"naming": naming, "base": base})
     with whole(folder) as place:
         write_weights(place / written.weights, written.tensors, kind)
         for name, document in written.documents.items():
@@ -71,12 +77,15 @@ def export(
         if pre.tokenizer:
             pre.tokenizer.save(place / "tokenizer.json")
         digest = open_source(str(place / written.weights)).digest()  # of an adapter and its base
-        write_json(place / NOTE, {"digest": digest, "exported": to})
-        parameters = sum(leaf.size for leaf in flatten(tree["params"]).values())
+        documents = {name: digest_of(place / name)() for name in written.documents}
+        write_json(place / NOTE, {"digest": digest, "documents": documents, "exported": to})
+        parameters = sum(tensor.size for tensor in written.tensors.values())
         facts = pre.record | {"notes": [*notes, *written.notes]}
         text = make_card(folder.name, to, parameters, facts, **written.use)
         write_text(place / "README.md", text)
         prove(replace(pre, variables=tree), place, written)
+    for note in facts["notes"]:
+        print(note)
     return folder
 
 
@@ -130,9 +139,9 @@ def fold_errors(before: Tree, exact: Tree, rounded: Tree, name: str) -> list[str
 @contextmanager
 def whole(folder: Path) -> Iterator[Path]:
     """Give a temporary folder beside; it takes the folder's place when all went well."""
-    place = folder.with_name(f"{folder.name}.tmp")
-    shutil.rmtree(place, ignore_errors=True)
-    place.mkdir(parents=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    place = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
+    place.chmod(0o777 & ~UMASK)  # as mkdir would: the library lets nobody else in
     try:
         yield place
         if folder.exists():
@@ -153,7 +162,7 @@ def write_weights(path: Path, tensors: Mapping[str, np.ndarray], kind: Any) -> N
         npz.write_npz(path, cast)
     else:
         safetensors.numpy.save_file(cast, path, metadata={"format": "pt"})
-        path.chmod(path.parent.stat().st_mode & 0o666)  # the library lets nobody else read it
+        path.chmod(0o666 & ~UMASK)  # the library lets nobody else read it
 
 
 def prove(pre: Pretrained, place: Path, written: Written) -> None:
@@ -162,12 +171,18 @@ def prove(pre: Pretrained, place: Path, written: Written) -> None:
     Raises: BadInput if the folder, opened again, gives something else.
     """
     inputs = fixture_inputs(pre)
-    expected = outputs(pre, inputs)
+    pool = {"pool": pre.model.pool} if hasattr(pre.model, "pool") else {}
+    again = load(place / written.weights, **pool)
+    expected = outputs(replace(pre, model=pre.model.clone(dtype=again.model.dtype)), inputs)
     safetensors.numpy.save_file(inputs | expected, place / FIXTURE)
-    found = outputs(load(place / written.weights), inputs)
+    found = outputs(again, inputs)
     for name, value in expected.items():
-        if name in found and not close(found[name], value):
-            raise BadInput(f"the exported folder gives other {name}: nothing was written")
+        if name not in found or not close(found[name], value):
+            base = written.use.get("base")
+            why = f": is {base} what it was trained on, and is all that was trained LoRA or head?"
+            raise BadInput(
+                f"the exported folder gives other {name}, nothing was written{why if base else ''}"
+            )
 
 
 def fixture_inputs(pre: Pretrained) -> dict[str, np.ndarray]:
@@ -180,7 +195,8 @@ def fixture_inputs(pre: Pretrained) -> dict[str, np.ndarray]:
     ids = rng.integers(3, pre.model.vocab, (2, length)).astype(np.int32)
     ids[:, -1] = getattr(pre.model, "eot", None) or ids[:, -1]
     mask = (np.arange(length) < [[length], [length - 2]]).astype(np.int32)
-    return {"input_ids": ids, "attention_mask": mask}
+    types = (ids % 2).astype(np.int32) if getattr(pre.model, "types", 0) > 1 else 0 * ids
+    return {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
 
 
 def fields_of(pre: Pretrained) -> dict[str, Any]:
@@ -197,7 +213,7 @@ def kind_in_hf(pre: Pretrained, fields: Mapping[str, Any]) -> str:
     return pre.source.kind if kept else kind_of(pre.source.arch, fields)
 
 
-def to_transformers(pre: Pretrained, tree: Tree, naming: str, base: str | None) -> Written:
+def to_transformers(pre: Pretrained, tree: Tree, dtype: Any, options: Mapping[str, Any]) -> Written:
     """Lay a model out as transformers' save_pretrained does."""
     fields = fields_of(pre)
     kind = kind_in_hf(pre, fields)
@@ -206,7 +222,8 @@ def to_transformers(pre: Pretrained, tree: Tree, naming: str, base: str | None) 
     kept = {path: leaf for path, leaf in flatten(tree).items() if path in held}
     tensors = to_foreign(unflatten(kept), leaves, fields)
     tensors |= hf.fillers(kind, tensors, fields.get("width", 0))
-    documents = {"config.json": to_config(pre.source.arch, fields, pre.labels, kind)}
+    config = to_config(pre.source.arch, fields, pre.labels, kind, dtype=np.dtype(dtype).name)
+    documents = {"config.json": config}
     left = sorted(flatten(tree).keys() - held)  # a pooler that nothing reads
     notes = tuple(f"{path} is left out: {name} does not read it" for path in left)
     if pre.preprocess:
@@ -216,7 +233,7 @@ def to_transformers(pre: Pretrained, tree: Tree, naming: str, base: str | None) 
     return Written(tensors, "model.safetensors", documents, notes, {"auto": name})
 
 
-def to_timm_folder(pre: Pretrained, tree: Tree, naming: str, base: str | None) -> Written:
+def to_timm_folder(pre: Pretrained, tree: Tree, dtype: Any, options: Mapping[str, Any]) -> Written:
     """Lay a model out as timm's save_for_hf does."""
     fields, own = fields_of(pre), asdict(pre.preprocess) if pre.preprocess else None
     config = timm.to_timm_config(pre.source.arch, fields, pre.labels, own)
@@ -225,15 +242,15 @@ def to_timm_folder(pre: Pretrained, tree: Tree, naming: str, base: str | None) -
     return Written(tensors, "model.safetensors", {"config.json": config}, notes)
 
 
-def to_big_vision(pre: Pretrained, tree: Tree, naming: str, base: str | None) -> Written:
+def to_big_vision(pre: Pretrained, tree: Tree, dtype: Any, options: Mapping[str, Any]) -> Written:
     """Lay a model out as big_vision's checkpoints are."""
     return Written(npz.to_npz(tree, fields_of(pre)), "model.npz")
 
 
-def to_adapter(pre: Pretrained, tree: Tree, naming: str, base: str | None) -> Written:
+def to_adapter(pre: Pretrained, tree: Tree, dtype: Any, options: Mapping[str, Any]) -> Written:
     """Lay the LoRA out as PEFT's save_pretrained does."""
     fields = fields_of(pre)
-    named = base or base_name(pre)
+    named, naming = options["base"] or base_name(pre), options["naming"]
     config_of = choose({"4": "4", "5": "5"}, naming, "naming")
     tensors, config = peft.to_peft(tree, kind_in_hf(pre, fields), fields, named, naming=config_of)
     auto = config["auto_mapping"]["base_model_class"]
@@ -246,18 +263,22 @@ def base_name(pre: Pretrained) -> str:
 
     Raises: BadInput if there is none that PEFT could open.
     """
-    config = pre.source.config
-    named = config.get("base") if pre.source.format == "peft" else config["config"]["weights"]
+    config, form = pre.source.config, pre.source.format
+    bases = {"peft": config.get("base"), "run": config.get("config", {}).get("weights")}
+    named = bases.get(form, pre.origin)
     found = open_source(named) if named else None
     if found is None or found.format != "hf":
         raise BadInput(
             f"the LoRA's base is {named or 'random'}, not a model of transformers: export it first "
             f"(tljax export {named or 'RUN'} BASE --to=hf) and say --base=BASE"
         )
-    return named if Path(named).is_dir() else str(Path(found.origin).parent)
+    local = named in ASSETS or Path(named).exists()
+    return str(Path(found.origin).parent.absolute()) if local else named
 
 
-WRITERS: Mapping[str, Callable[[Pretrained, Tree, str, str | None], Written]] = {
+ARCHS = {"hf": tuple(MODELS), "peft": tuple(MODELS), "timm": IMAGES, "npz": IMAGES}
+"""What the formats have models of."""
+WRITERS: Mapping[str, Callable[[Pretrained, Tree, Any, Mapping[str, Any]], Written]] = {
     "hf": to_transformers,
     "timm": to_timm_folder,
     "npz": to_big_vision,

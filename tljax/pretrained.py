@@ -17,15 +17,18 @@ from tljax import sharding
 from tljax.data.tokens import Tokenizer
 from tljax.data.transforms import Preprocess
 from tljax.edits.load import Report, match
+from tljax.layers import last_block
 from tljax.models import MODELS
 from tljax.models.vit import resample
 from tljax.source import open_source
 from tljax.tree import flatten, unflatten
 from tljax.types import BadInput, Output, Rules, Tree
 from tljax.weights import Source
-from tljax.weights.files import Tensor, open_safetensors, read_json
+from tljax.weights.files import Tensor, digest_of, open_safetensors, read_json
 
 HEADS = ("head", "head_dist", "mlm")
+IMAGES = ("vit", "resnet")
+"""Architectures that read images."""
 NOTE, FIXTURE = "tljax.json", "tljax_fixture.safetensors"
 """What an export carries: the digest of its weights, and inputs with their outputs."""
 AHEAD = 2  # leaves read before the device asks for them
@@ -60,6 +63,8 @@ class Pretrained:
         source = self.source
         names = ("origin", "format", "kind", "config", "assumed", "ignored")
         found = {name: getattr(source, name) for name in names}
+        if self.preprocess and source.preprocess is None:
+            found["assumed"] += ("preprocess: ImageNet's mean and std, which no file says",)
         return found | {"digest": source.digest(), "verified": self.verified}
 
 
@@ -84,9 +89,18 @@ def load(
 
     Raises: BadInput for whatever does not fit, naming file and tensor; nothing is half loaded.
     """
+    if not _is_size(image_size):
+        raise BadInput(f"image_size={image_size!r}: expected pixels, a side or (height, width)")
     found = open_source(str(source), tower, fields)
+    if found.arch not in IMAGES and image_size is not None:
+        raise BadInput(f"{found.origin} reads texts: image_size means nothing there")
     verified = verify(found)
     return assemble(found, verified, image_size, num_classes, mesh, **fields)
+
+
+def _is_size(size: Any) -> bool:
+    sides = size if isinstance(size, tuple) and len(size) == 2 else (size,)
+    return size is None or all(type(side) is int and side > 0 for side in sides)
 
 
 def assemble(
@@ -107,6 +121,8 @@ def assemble(
     if odd := sorted(chosen.keys() - known.keys()):
         raise BadInput(f"a {source.arch} has no field {odd[0]!r}; it has {', '.join(known)}")
     model = MODELS[source.arch](**chosen)
+    if getattr(model, "read", None) is not None and "depth" in known:
+        last_block(model.read, model.depth)  # raises for one that is not there
     target = target_of(model, tree)
     try:
         values, report = match(tree, target, adapted=adapted, **head_rules(tree, target))
@@ -128,7 +144,7 @@ def preprocess_of(
     source: Source, model: nn.Module, image_size: int | tuple[int, int] | None
 ) -> Preprocess | None:
     """Return what pictures go through: at the size that is asked for, else the source's own."""
-    if source.arch not in ("vit", "resnet"):
+    if source.arch not in IMAGES:
         return None
     own = Preprocess.read(source.preprocess)
     if image_size is None and own.size is None and own.resize is None:
@@ -231,8 +247,7 @@ def target_of(model: nn.Module, tree: Tree) -> Tree:
 def place(values: dict[str, Any], target: Tree, mesh: sharding.Mesh | None) -> Tree:
     """Read the leaves onto the devices, a few at a time; a leaf without values is zero.
 
-    On a mesh every device copies its own part out of the host's; on a single CPU device the bytes
-    that were read are used where they are, in the layout they have.
+    On a mesh every device copies its own part out of the host's.
     """
     shardings = flatten(sharding.on(mesh, sharding.specs(target, mesh))) if mesh else {}
     leaves = flatten(target)
@@ -252,10 +267,8 @@ def place(values: dict[str, Any], target: Tree, mesh: sharding.Mesh | None) -> T
             if mesh:
                 cut = array.__getitem__
                 leaf = jax.make_array_from_callback(array.shape, shardings[path], cut)
-            elif jax.default_backend() == "cpu" and array.flags.writeable:
-                leaf = jnp.from_dlpack(array)
             else:
-                leaf = jax.device_put(array)
+                leaf = sharding.put(array)
             found[path] = leaf.block_until_ready()  # or the host would hold all of them
     return unflatten(found)
 
@@ -266,16 +279,22 @@ def verify(source: Source) -> str:
     Raises: BadInput for weights that are neither those that were exported nor give their outputs.
     """
     folder = Path(source.origin).parent
-    note = read_json(folder / NOTE)
+    note = {} if source.format == "run" else read_json(folder / NOTE)
     if not note:
         return "values unverified"
-    if note.get("digest") == source.digest():
+    documents = note.get("documents") or {}
+    if note.get("digest") == source.digest() and all(
+        (folder / name).is_file() and digest_of(folder / name)() == known
+        for name, known in documents.items()
+    ):
         return "values verified: the digest of the export"
     if not (folder / FIXTURE).is_file():
         raise BadInput(f"{source.origin} is not the file that {NOTE} describes: export it again")
     tensors, _ = open_safetensors(folder / FIXTURE)
     fixture = {name: np.asarray(tensor) for name, tensor in tensors.items()}
     output = outputs(assemble(source, ""), fixture)
+    if not output.keys() & fixture.keys():
+        raise BadInput(f"{folder / FIXTURE} records no outputs: export it again")
     for name, expected in fixture.items():
         if name in output and not close(output[name], expected):
             raise BadInput(
@@ -289,9 +308,13 @@ def verify(source: Source) -> str:
 
 def outputs(pre: Pretrained, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Run a fixture's inputs through a model, at the highest precision of products."""
-    names = ("images",) if "images" in inputs else ("input_ids", "attention_mask")
+    like = example_inputs(pre.model)[0]
+    names = ("images",) if like.ndim == 4 else ("input_ids", "attention_mask", "token_type_ids")
+    given = [inputs.get(name, np.zeros(0)) for name in names]
+    if any(array.ndim != like.ndim or array.shape[-1] < 3 for array in given):
+        raise BadInput(f"a fixture of {list(inputs)} does not hold {', '.join(names)}")
     with jax.default_matmul_precision("highest"):
-        found: Output = jax.jit(pre.model.apply)(pre.variables, *(inputs[n] for n in names))
+        found: Output = jax.jit(pre.model.apply)(pre.variables, *given)
     named = {"pooled": found.pooled, "logits": found.logits}
     return {name: np.asarray(x, np.float32) for name, x in named.items() if x is not None}
 

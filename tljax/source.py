@@ -104,7 +104,12 @@ def open_adapter(folder: Path, tower: str | None) -> Source:
     if not (named := base_of(adapter)):
         raise BadInput(f"{adapter.origin} names no base model: set base_model_name_or_path")
     beside = folder / named
-    base = open_source(str(beside) if beside.exists() else named, tower)
+    if (beside / "adapter_config.json").is_file():
+        raise BadInput(f"{adapter.origin}: its base {named!r} is an adapter, expected a model")
+    try:
+        base = open_source(str(beside) if beside.exists() else named, tower)
+    except BadInput as error:
+        raise BadInput(f"{adapter.origin} asks for its base {named!r}: {error}") from None
     if base.format not in ("hf", "onnx"):
         raise BadInput(f"the base of {folder} is {named}, of format {base.format}: expected hf")
     tree = graft_adapter(base.tree, adapter, base.kind, base.fields)

@@ -96,6 +96,9 @@ class Tokenizer:
         self.inner.save(str(path))
         named = {f"{role}_token": self.inner.id_to_token(i) for role, i in self.roles.items()}
         config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", **named}
+        pair = self.inner.encode("a", "b")
+        names = ["input_ids", "token_type_ids", "attention_mask"]  # types where pairs have two
+        config["model_input_names"] = names if max(pair.type_ids) else [names[0], names[2]]
         if self.max_length:
             config["model_max_length"] = self.max_length
         Path(path).with_name("tokenizer_config.json").write_text(

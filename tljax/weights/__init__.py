@@ -51,7 +51,7 @@ def open_weights(
         raise BadInput(f"{path} is an adapter, whose base is read first: open it by tljax.load")
     config = read_json(inside / "config.json")
     if "model_type" not in config and ("architecture" in config or path.suffix == ".safetensors"):
-        return open_timm(path, given)
+        return open_timm(folder.weights_files(path)[0] if path.is_dir() else path, given)
     if not config:
         names = ", ".join(sorted(file.name for file in inside.iterdir())[:8]) or "nothing"
         raise BadInput(
@@ -73,13 +73,17 @@ def _open_hf(files: tuple[Path, ...], config: Mapping[str, Any], tower: str | No
     tied = own.get("tie_word_embeddings", True) or "mlm" not in tree["params"]
     if not tied and not any(name in HF.tied and name.endswith(".weight") for name in ignored):
         raise BadInput(f"{origin}: tie_word_embeddings=False, but {files[0]} has no decoder")
-    head, tokenizer = tree["params"].get("head"), inside / "tokenizer.json"
+    head = tree["params"].get("head")
+    tokenizer = inside / "tokenizer.json"
+    if not tokenizer.is_file():
+        spelt = any((inside / name).is_file() for name in ("vocab.txt", "vocab.json"))
+        tokenizer = inside if spelt else None
     return Source(
         arch=ARCHS[own["model_type"]],
         fields=fields,
         tree=tree,
         preprocess=_read_preprocess(inside / "preprocessor_config.json", own["model_type"]),
-        tokenizer=tokenizer if tokenizer.exists() else None,
+        tokenizer=tokenizer,
         labels=read_labels(own, head["kernel"].shape[-1] if head else None, origin),
         digest=digest,
         ignored=aside | ignored,
@@ -135,5 +139,7 @@ def _find(name: str) -> Path:
 
 
 def _read_preprocess(path: Path, kind: str) -> Mapping[str, Any] | None:
-    config = read_json(path)
+    joint = path.with_name("processor_config.json")  # what CLIPProcessor of transformers 5 writes
+    if not (config := read_json(path)):
+        config, path = read_json(joint).get("image_processor") or {}, joint
     return from_hf(config, str(path), kind) if config else None

@@ -60,14 +60,6 @@ def held(array: np.ndarray) -> Tensor:
     return Tensor(array.shape, array.dtype, lambda: array)
 
 
-def empty_aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """Allocate an array that starts at a multiple of 64 bytes: XLA on a CPU uses it in place."""
-    size = prod(shape) * np.dtype(dtype).itemsize
-    buffer = np.empty(size + 64, np.uint8)
-    start = -buffer.ctypes.data % 64
-    return buffer[start : start + size].view(dtype).reshape(shape)
-
-
 def read_json(path: Path) -> dict[str, Any]:
     """Read a JSON object; a file that is not there is an empty one.
 
@@ -124,7 +116,7 @@ def _in_file(path: Path, name: str, entry: Mapping[str, Any], start: int) -> Ten
     dtype, offset = np.dtype(DTYPES[kind]), start + entry["data_offsets"][0]
 
     def read() -> np.ndarray:
-        found = empty_aligned(shape, dtype)
+        found = np.empty(shape, dtype)
         left = memoryview(found.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
         with open(path, "rb", buffering=0) as file:
             file.seek(offset)

@@ -10,8 +10,9 @@ ONE, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adap
 PICKLES = (".bin", ".pth", ".pt", ".ckpt", ".pkl", ".pickle", ".h5", ".msgpack")
 WANTED = (
     "config.json", "preprocessor_config.json", "tokenizer.json", "tokenizer_config.json",
-    "special_tokens_map.json", "vocab.json", "vocab.txt", "merges.txt", ADAPTER,
-    "adapter_model.safetensors", ONE, INDEX, "model-*-of-*.safetensors",
+    "special_tokens_map.json", "added_tokens.json", "vocab.json", "vocab.txt", "merges.txt",
+    "processor_config.json", ADAPTER, "adapter_model.safetensors", ONE, INDEX,
+    "model-*-of-*.safetensors",
 )  # fmt: skip
 """What is fetched from the hub; never a pickle, never code."""
 

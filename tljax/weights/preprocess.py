@@ -39,6 +39,7 @@ PROCESSORS: Mapping[str, Processor] = {
 """Name in transformers -> its defaults, as version 5 has them."""
 BY_MODEL: Mapping[str, str] = {
     "vit": "ViTImageProcessor", "deit": "DeiTImageProcessor", "clip": "CLIPImageProcessor",
+    "clip_vision_model": "CLIPImageProcessor",
     "dinov2": "BitImageProcessor", "dinov2_with_registers": "BitImageProcessor",
     "resnet": "ConvNextImageProcessor",
 }  # fmt: skip

@@ -24,7 +24,7 @@ from einops import EinopsError, rearrange
 
 from tljax.tree import flatten, nearest, unflatten
 from tljax.types import BadInput, Tree
-from tljax.weights.files import Tensor, Tensors, empty_aligned
+from tljax.weights.files import Tensor, Tensors
 
 Modules = Mapping[str, tuple[tuple[str, str, str, str | None], ...]]
 """Kind of module -> foreign suffix, collection, tljax suffix and einops pattern of each leaf."""
@@ -276,10 +276,7 @@ def _laid_out(tensor: Tensor, leaf: Leaf, lengths: Mapping[str, int], origin: st
         array = tensor.read() if leaf.part is None else _last_read(tensor)
         if not all_finite(array):
             raise BadInput(f"{where} holds NaN or infinity: the file is damaged")
-        if array.dtype != np.float32:
-            array, narrow = empty_aligned(array.shape, np.float32), array
-            array[...] = narrow
-        return arrange(array)
+        return arrange(array.astype(np.float32, copy=False))
 
     try:  # on one number that pretends to have the shape
         shape = arrange(np.broadcast_to(np.float32(0), tensor.shape)).shape
