@@ -111,7 +111,16 @@ def test_fields_of_the_model_can_be_chosen(folder):
         tljax.load(folder, widht=3)
 
 
-@pytest.mark.parametrize("what", [{"num_classes": -1}, {"num_classes": 1.5}, {"image_size": 18}])
+@pytest.mark.parametrize(
+    "what",
+    [
+        {"num_classes": -1},
+        {"num_classes": True},
+        {"image_size": 18},
+        {"image_size": "98"},
+        {"heads": 0},
+    ],
+)
 def test_a_size_that_means_nothing_is_refused(folder, what):
     with pytest.raises(BadInput, match=str(next(iter(what.values())))):
         tljax.load(folder, **what)

@@ -78,6 +78,7 @@ def _origin(record: Mapping[str, Any], run: Mapping[str, Any]) -> str:
     """Say which weights this began with, by their digest."""
     digest = run["digest"] if run else record["digest"]
     lines = ["## Origin\n", f"- format: {record['format']} {record['kind']}".rstrip()]
-    lines += [f"- SHA-256 of the weights it began with: {digest}"] if digest else []
+    what = "SHA-256 of the weights file" if len(digest) == 64 else "tljax's digest of the weights"
+    lines += [f"- {what} it began with: {digest}"] if digest else []
     lines += [f"- assumed on import: {text}" for text in record["assumed"]]
     return "\n".join([*lines, *(f"- {note}" for note in record["notes"])]) + "\n"

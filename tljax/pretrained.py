@@ -123,7 +123,10 @@ def assemble(
     model = MODELS[source.arch](**chosen)
     if getattr(model, "read", None) is not None and "depth" in known:
         last_block(model.read, model.depth)  # raises for one that is not there
-    target = target_of(model, tree)
+    try:
+        target = target_of(model, tree)
+    except (TypeError, ValueError, ZeroDivisionError) as error:  # BadInput is a ValueError
+        raise BadInput(f"{source.origin}: no model has the fields {fields}: {error}") from None
     try:
         values, report = match(tree, target, adapted=adapted, **head_rules(tree, target))
     except BadInput as error:
@@ -155,7 +158,7 @@ def preprocess_of(
 
 def head_fields(source: Source, num_classes: int | None) -> dict[str, Any]:
     """Return the source's fields with those that say which heads the model has."""
-    if num_classes is not None and (not isinstance(num_classes, int) or num_classes < 0):
+    if num_classes is not None and (type(num_classes) is not int or num_classes < 0):
         raise BadInput(f"num_classes={num_classes!r}: expected None, 0 or a number of classes")
     there = source.tree["params"]
     own = there["head"]["kernel"].shape[-1] if "head" in there else None
