@@ -53,7 +53,7 @@ def make_parser() -> argparse.ArgumentParser:
     export.add_argument("--to", default="hf", help="hf, timm, npz or peft (default: hf)")
     export.add_argument("--merge", action="store_true", help="fold LoRA into the kernels")
     export.add_argument("--dtype", help="of the file: float32, bfloat16, float16; as the source")
-    export.add_argument("--naming", default="5", help="peft: for transformers 5 or 4")
+    export.add_argument("--naming", help="peft: for transformers 5 or 4 (default: 5)")
     export.add_argument("--base", help="peft: name or folder of the base model for the adapter")
     export.add_argument("--tower", help="of a CLIP: vision or text")
     demo = add("demo", "adapt real weights to real data by every strategy, and compare")

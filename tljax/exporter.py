@@ -52,7 +52,7 @@ def export(
     *,
     merge: bool = False,
     dtype: str | None = None,
-    naming: str = "5",
+    naming: str | None = None,
     base: str | None = None,
 ) -> Path:
     """Write a model to a new folder, open it again, and compare what the two compute.
@@ -60,7 +60,7 @@ def export(
     to: "hf" (transformers), "timm", "npz" (big_vision) or "peft" (the LoRA alone).  merge: fold
     LoRA into the kernels, in float32; the error of casting the sum to `dtype` goes to the card.
     dtype: of the file, by default the source's.  naming: the major version of transformers whose
-    module names a PEFT adapter uses.  base: where the adapter's base model is.
+    module names a PEFT adapter uses (5).  base: where the adapter's base model is.
 
     Raises: BadInput if the folder is not empty or the format has no place for the model.
     """
@@ -68,8 +68,10 @@ def export(
     require_new(folder := Path(folder).absolute())
     if (arch := pre.source.arch) not in ARCHS[to]:
         raise BadInput(f"{to} has no {arch}; it has {', '.join(ARCHS[to])}")
+    if to != "peft" and (naming or base):
+        raise BadInput(f"naming and base are an adapter's: they mean nothing for to={to!r}")
     tree, notes = prepare(pre, to, merge, kind := file_dtype(pre, dtype))
-    written = writer(pre, tree, kind, {"naming": naming, "base": base})
+    written = writer(pre, tree, kind, {"naming": naming or "5", "base": base})
     with whole(folder) as place:
         write_weights(place / written.weights, written.tensors, kind)
         for name, document in written.documents.items():
@@ -113,6 +115,8 @@ def prepare(pre: Pretrained, to: str, merge: bool, kind: Any) -> tuple[Tree, lis
         raise BadInput("--to=peft writes a LoRA: " + ("leave --merge out" if grafted else "none"))
     if to != "peft" and grafted and not merge:
         raise BadInput(f"--to={to} has no place for LoRA: fold it with --merge, or --to=peft")
+    if merge and not grafted:
+        raise BadInput("there is no LoRA to fold: leave --merge out")
     tree = fold(pre.variables) if merge else pre.variables
     rounded = map_with_path(lambda _, x: np.asarray(x).astype(kind).astype(np.float32), tree)
     return rounded, fold_errors(pre.variables, tree, rounded, np.dtype(kind).name) if merge else []
@@ -202,7 +206,10 @@ def fixture_inputs(pre: Pretrained) -> dict[str, np.ndarray]:
 def fields_of(pre: Pretrained) -> dict[str, Any]:
     """Return the fields of a whole model; raises BadInput for one that is cut at a block."""
     if getattr(pre.model, "read", None) is not None:
-        raise BadInput(f"a model read at {pre.model.read} is no whole model: export one without")
+        raise BadInput(
+            f"a model read at {pre.model.read} is no whole model elsewhere: load or train it "
+            "without `read` to export it"
+        )
     names = MODELS[pre.source.arch].__dataclass_fields__.keys() - OURS
     return {name: getattr(pre.model, name) for name in sorted(names)}
 

@@ -244,7 +244,8 @@ def file_of(kind: str, fields: Mapping[str, Any], form: Format = HF) -> File:
     pool = fields.get("pool", "-")
     if pools != "-" and pool not in pools.split(","):
         raise BadInput(
-            f"transformers' {_STEMS[kind]}{end} cannot express pool={pool!r}, only {pools}"
+            f"transformers' {_STEMS[kind]}{end} cannot express pool={pool!r}, only {pools}: "
+            f"train it with one of these"
         )
     prefix = "" if end == "Model" and not kind.startswith("clip") else PREFIXES[kind]
     left = _OPTIONAL - set(sections.split(","))
