@@ -2,9 +2,8 @@
 
     tljax train --config=configs/pretrain_vit.py --workdir=runs/pretrain-vit
 
-Needs `make assets NAMES=fashion`.  Measured so far: validation accuracy .9085 after 10,000 of
-the 13,000 steps (.4 s a step on one CPU core); its end is not measured yet.  A wider ViT (128, with
-an MLP of 384) ended at .898 [.892, .904] on test after 4,500 steps.
+Needs `make assets NAMES=fashion`.  Measured: .919 [.914, .925] on test after 31 passes, two hours
+of one busy CPU core.
 """
 
 from ml_collections import ConfigDict
