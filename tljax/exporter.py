@@ -2,7 +2,6 @@
 
 import os
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -30,7 +29,6 @@ from tljax.weights.table import to_foreign
 
 OURS = {"parent", "name", "dtype", "read", "dropout", "drop_path", "momentum"}
 """Fields that say how a model is trained or run here, not what it is."""
-os.umask(UMASK := os.umask(0))
 NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
@@ -80,7 +78,8 @@ def export(
             pre.tokenizer.save(place / "tokenizer.json")
         digest = open_source(str(place / written.weights)).digest()  # of an adapter and its base
         documents = {name: digest_of(place / name)() for name in written.documents}
-        write_json(place / NOTE, {"digest": digest, "documents": documents, "exported": to})
+        note = {"digest": digest, "documents": documents, "exported": to}
+        write_json(place / NOTE, note | pool_of(pre))
         parameters = sum(tensor.size for tensor in written.tensors.values())
         facts = pre.record | {"notes": [*notes, *written.notes]}
         text = make_card(folder.name, to, parameters, facts, **written.use)
@@ -143,9 +142,8 @@ def fold_errors(before: Tree, exact: Tree, rounded: Tree, name: str) -> list[str
 @contextmanager
 def whole(folder: Path) -> Iterator[Path]:
     """Give a temporary folder beside; it takes the folder's place when all went well."""
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    place = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    place.chmod(0o777 & ~UMASK)  # as mkdir would: the library lets nobody else in
+    place = folder.with_name(f".{folder.name}.{os.getpid()}")
+    place.mkdir(parents=True)  # an error if it is there: it would be somebody else's
     try:
         yield place
         if folder.exists():
@@ -166,7 +164,7 @@ def write_weights(path: Path, tensors: Mapping[str, np.ndarray], kind: Any) -> N
         npz.write_npz(path, cast)
     else:
         safetensors.numpy.save_file(cast, path, metadata={"format": "pt"})
-        path.chmod(0o666 & ~UMASK)  # the library lets nobody else read it
+        path.chmod(path.parent.stat().st_mode & 0o666)  # the library lets nobody else read it
 
 
 def prove(pre: Pretrained, place: Path, written: Written) -> None:
@@ -175,8 +173,7 @@ def prove(pre: Pretrained, place: Path, written: Written) -> None:
     Raises: BadInput if the folder, opened again, gives something else.
     """
     inputs = fixture_inputs(pre)
-    pool = {"pool": pre.model.pool} if hasattr(pre.model, "pool") else {}
-    again = load(place / written.weights, **pool)
+    again = load(place / written.weights, **pool_of(pre))
     expected = outputs(replace(pre, model=pre.model.clone(dtype=again.model.dtype)), inputs)
     safetensors.numpy.save_file(inputs | expected, place / FIXTURE)
     found = outputs(again, inputs)
@@ -187,6 +184,11 @@ def prove(pre: Pretrained, place: Path, written: Written) -> None:
             raise BadInput(
                 f"the exported folder gives other {name}, nothing was written{why if base else ''}"
             )
+
+
+def pool_of(pre: Pretrained) -> dict[str, Any]:
+    """Return the field that says what is pooled, which not every format keeps."""
+    return {"pool": pre.model.pool} if hasattr(pre.model, "pool") else {}
 
 
 def fixture_inputs(pre: Pretrained) -> dict[str, np.ndarray]:

@@ -125,7 +125,9 @@ def assemble(
         last_block(model.read, model.depth)  # raises for one that is not there
     try:
         target = target_of(model, tree)
-    except (TypeError, ValueError, ZeroDivisionError) as error:  # BadInput is a ValueError
+    except BadInput:
+        raise
+    except (TypeError, ValueError, ZeroDivisionError) as error:
         raise BadInput(f"{source.origin}: no model has the fields {fields}: {error}") from None
     try:
         values, report = match(tree, target, adapted=adapted, **head_rules(tree, target))
@@ -285,7 +287,9 @@ def verify(source: Source) -> str:
     note = {} if source.format == "run" else read_json(folder / NOTE)
     if not note:
         return "values unverified"
-    documents = note.get("documents") or {}
+    documents, pool = note.get("documents", {}), note.get("pool", "")
+    if not isinstance(documents, dict) or not isinstance(pool, str):
+        raise BadInput(f"{folder / NOTE} is damaged: documents or pool are not what tljax writes")
     if note.get("digest") == source.digest() and all(
         (folder / name).is_file() and digest_of(folder / name)() == known
         for name, known in documents.items()
@@ -295,11 +299,16 @@ def verify(source: Source) -> str:
         raise BadInput(f"{source.origin} is not the file that {NOTE} describes: export it again")
     tensors, _ = open_safetensors(folder / FIXTURE)
     fixture = {name: np.asarray(tensor) for name, tensor in tensors.items()}
-    output = outputs(assemble(source, ""), fixture)
-    if not output.keys() & fixture.keys():
+    pooling: dict[str, Any] = {"pool": pool} if pool else {}
+    try:
+        output = outputs(assemble(source, "", **pooling), fixture)
+    except TypeError as error:  # of inputs whose shapes the model does not take
+        raise BadInput(f"{folder / FIXTURE} does not fit the model: {error}") from None
+    recorded = [name for name in ("pooled", "logits") if name in fixture]
+    if not recorded:
         raise BadInput(f"{folder / FIXTURE} records no outputs: export it again")
-    for name, expected in fixture.items():
-        if name in output and not close(output[name], expected):
+    for name in recorded:
+        if name not in output or not close(output[name], fixture[name]):
             raise BadInput(
                 f"{source.origin}: its {name} differ from those recorded in {folder / FIXTURE}\n"
                 "the weights were changed since their export: copy or export them again"

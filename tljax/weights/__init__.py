@@ -14,7 +14,7 @@ from tljax.weights.hf import ARCHS, HF, read_tree, unread
 from tljax.weights.hf_config import choose_tower, read_fields, read_labels
 from tljax.weights.npz import open_npz_weights
 from tljax.weights.onnx import read_onnx
-from tljax.weights.preprocess import from_hf
+from tljax.weights.preprocess import IMAGENET, from_hf
 from tljax.weights.table import Source
 from tljax.weights.timm import open_timm
 
@@ -27,7 +27,6 @@ DINOV2: Mapping[str, Any] = {
     "model_type": "dinov2", "hidden_size": 384, "num_hidden_layers": 12, "num_attention_heads": 6,
     "image_size": 518, "patch_size": 14,
 }  # fmt: skip
-IMAGENET: Mapping[str, Any] = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
 
 
 def open_weights(

@@ -10,6 +10,7 @@ A row with {k}, {n} or {c} repeats for every convolution of a block: {k} counts 
 {c} a, b, c.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
@@ -164,9 +165,7 @@ def _parts(fields: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def _number_parts(leaves: list[Leaf]) -> Iterator[Leaf]:
-    sharing: dict[str, int] = {}
-    for leaf in leaves:
-        sharing[leaf.foreign] = sharing.get(leaf.foreign, 0) + 1
+    sharing = _sharing(leaves)
     seen: dict[str, int] = {}
     for leaf in leaves:
         index = seen[leaf.foreign] = seen.get(leaf.foreign, -1) + 1
@@ -241,11 +240,9 @@ def to_foreign(
     return found
 
 
-def _sharing(leaves: list[Leaf]) -> dict[str, int]:
-    count: dict[str, int] = {}
-    for leaf in leaves:
-        count[leaf.foreign] = count.get(leaf.foreign, 0) + 1
-    return count
+def _sharing(leaves: list[Leaf]) -> Counter[str]:
+    """Count the leaves of every foreign tensor."""
+    return Counter(leaf.foreign for leaf in leaves)
 
 
 def all_finite(array: np.ndarray) -> bool:
