@@ -1,10 +1,10 @@
 """`tljax.load`: a pretrained model in one call, with an account of every leaf."""
 
+import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import islice, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.sharding import SingleDeviceSharding
 
 from tljax import sharding
 from tljax.data.tokens import Tokenizer
@@ -24,14 +25,14 @@ from tljax.source import open_source
 from tljax.tree import flatten, unflatten
 from tljax.types import BadInput, Output, Rules, Tree
 from tljax.weights import Source
-from tljax.weights.files import Tensor, digest_of, open_safetensors, read_json
+from tljax.weights.files import Empty, Tensor, digest_of, open_safetensors, read_json, recycled
 
 HEADS = ("head", "head_dist", "mlm")
 IMAGES = ("vit", "resnet")
 """Architectures that read images."""
 NOTE, FIXTURE = "tljax.json", "tljax_fixture.safetensors"
 """What an export carries: the digest of its weights, and inputs with their outputs."""
-AHEAD = 2  # leaves read before the device asks for them
+READERS = 2  # threads, each with one leaf on its way to the devices
 CLOSE = 2e-4  # of the largest value: other devices and versions, not other weights
 
 
@@ -213,7 +214,7 @@ def regrid(tree: Tree, before: Any, after: dict[str, Any]) -> tuple[Tree, Rules]
     prefix = (own["class_token"] + own["distilled"]) * own["prefix_positions"]
     table = tree["params"]["embed"]["pos"]
 
-    def read() -> np.ndarray:
+    def read(_: Empty) -> np.ndarray:
         return np.array(resample(jnp.asarray(table), old, new, own["resample"], prefix))
 
     shape = (1, prefix + new[0] * new[1], table.shape[-1])
@@ -254,28 +255,22 @@ def place(values: dict[str, Any], target: Tree, mesh: sharding.Mesh | None) -> T
 
     On a mesh every device copies its own part out of the host's.
     """
-    shardings = flatten(sharding.on(mesh, sharding.specs(target, mesh))) if mesh else {}
     leaves = flatten(target)
+    places = flatten(sharding.on(mesh, sharding.specs(target, mesh))) if mesh else {}
+    first = SingleDeviceSharding(jax.devices()[0])
 
-    def read(path: str) -> np.ndarray:
+    def read(path: str) -> jax.Array:
         like = leaves[path]
-        return np.asarray(values[path]) if path in values else np.zeros(like.shape, like.dtype)
+        leaf = values[path] if path in values else np.zeros(like.shape, like.dtype)
+        array = leaf.read(own.empty) if isinstance(leaf, Tensor) else np.asarray(leaf)
+        return sharding.put(array, places.get(path, first))
 
-    found = {}
-    with ThreadPoolExecutor(AHEAD) as pool:
-        coming = [pool.submit(read, path) for path in islice(leaves, AHEAD)]
-        for path, after in zip_longest(leaves, islice(leaves, AHEAD, None)):
-            array = coming.pop(0).result()
-            if after is not None:
-                coming.append(pool.submit(read, after))
-            leaf: jax.Array
-            if mesh:
-                cut = array.__getitem__
-                leaf = jax.make_array_from_callback(array.shape, shardings[path], cut)
-            else:
-                leaf = sharding.put(array)
-            found[path] = leaf.block_until_ready()  # or the host would hold all of them
-    return unflatten(found)
+    own = threading.local()
+    begin = lambda: setattr(own, "empty", recycled())  # noqa: E731
+    # Several processes must give their devices the same programs in the same order.
+    readers = READERS if jax.process_count() == 1 else 1
+    with ThreadPoolExecutor(readers, initializer=begin) as pool:
+        return unflatten(dict(zip(leaves, pool.map(read, leaves), strict=True)))
 
 
 def verify(source: Source) -> str:

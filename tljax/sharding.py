@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.experimental.layout import Format, Layout
-from jax.sharding import AxisType, Mesh, NamedSharding, SingleDeviceSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from tljax.tree import flatten, label, map_with_path
@@ -94,25 +94,30 @@ def under(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
 SMALL = 1 << 20  # bytes that numpy turns sooner than a program for it is compiled
 
 
-def put(array: np.ndarray) -> jax.Array:
-    """Put an array on the first device; a transposed view goes as it lies in memory.
+def put(array: np.ndarray, where: jax.sharding.Sharding) -> jax.Array:
+    """Put an array on its devices, and wait; a transposed view goes as it lies in memory.
 
     It is turned there, on a CPU by its layout alone: no number moves, where numpy would take
     longer than reading the file took.
     """
-    if array.nbytes < SMALL:
-        return jax.device_put(np.asarray(array, order="C"), jax.devices()[0])
     order = tuple(sorted(range(array.ndim), key=lambda axis: (-array.strides[axis], axis)))
-    whole = jax.device_put(array.transpose(order), jax.devices()[0])
-    return whole if order == tuple(range(array.ndim)) else _turn(order)(whole)
+    if array.nbytes < SMALL:
+        array, order = np.asarray(array, order="C"), tuple(range(array.ndim))
+    lying, there = array.transpose(order), where
+    if isinstance(where, NamedSharding):
+        own = (*where.spec, *[None] * array.ndim)
+        there = NamedSharding(where.mesh, P(*(own[axis] for axis in order)))
+    # Not device_put: over several processes that compares the values, for each leaf anew.
+    whole = jax.make_array_from_callback(lying.shape, there, lying.__getitem__)
+    turned = whole if order == tuple(range(array.ndim)) else _turn(order, where)(whole)
+    return turned.block_until_ready()
 
 
 @functools.cache
-def _turn(order: tuple[int, ...]) -> Callable[[jax.Array], jax.Array]:
+def _turn(order: tuple[int, ...], where: jax.sharding.Sharding) -> Callable[[jax.Array], jax.Array]:
     """Return what undoes a transposition; its argument is used up."""
     back = tuple(int(axis) for axis in np.argsort(order))
-    device = SingleDeviceSharding(jax.devices()[0])
-    place = Format(Layout(order), device) if jax.default_backend() == "cpu" else device
+    place = Format(Layout(order), where) if jax.default_backend() == "cpu" else where
     return jax.jit(lambda x: x.transpose(back), out_shardings=place, donate_argnums=0)
 
 

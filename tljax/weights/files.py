@@ -6,6 +6,7 @@ before anything is allocated, so that a hostile header costs nothing.
 
 import hashlib
 import json
+import mmap
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -30,6 +31,9 @@ DTYPES: Mapping[str, Any] = {
     "BOOL": np.bool_,
 }  # fmt: skip
 """What safetensors calls the types that tljax reads."""
+Empty = Callable[[tuple[int, ...], np.dtype], np.ndarray]
+"""Gives an array to read into: `np.empty`, or one of memory that is used again."""
+RECYCLED = 64 << 20  # bytes that `recycled` has; ViT-L's largest tensor has 16 MB
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +42,7 @@ class Tensor:
 
     shape: tuple[int, ...]
     dtype: np.dtype
-    read: Callable[[], np.ndarray]
+    read: Callable[[Empty], np.ndarray]
     name: str = ""  # in the file, for messages
 
     @property
@@ -48,7 +52,7 @@ class Tensor:
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         """Read it; every time anew."""
-        array = self.read()
+        array = self.read(np.empty)
         return array if dtype is None else array.astype(dtype, copy=False)
 
 
@@ -57,7 +61,24 @@ Tensors = Mapping[str, Tensor]
 
 def held(array: np.ndarray) -> Tensor:
     """View an array in memory as a tensor of a file."""
-    return Tensor(array.shape, array.dtype, lambda: array)
+    return Tensor(array.shape, array.dtype, lambda _: array)
+
+
+def recycled() -> Empty:
+    """Return what gives the same memory each time: an array ends where the next one is asked for.
+
+    Fresh memory costs several times what reading a file from the system's cache does.  The arrays
+    begin 8 bytes off where any device could use them in place, so that `device_put` copies them.
+    A larger array than `RECYCLED` has memory of its own.
+    """
+    memory = mmap.mmap(-1, 8 + RECYCLED)  # pages come as they are touched
+
+    def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        if (count := prod(shape)) * dtype.itemsize > RECYCLED:
+            return np.empty(shape, dtype)
+        return np.frombuffer(memory, dtype, count, offset=8).reshape(shape)
+
+    return empty
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -115,8 +136,8 @@ def _in_file(path: Path, name: str, entry: Mapping[str, Any], start: int) -> Ten
         raise BadInput(f"{path}: tensor {name} holds {kind}; tljax reads {', '.join(DTYPES)}")
     dtype, offset = np.dtype(DTYPES[kind]), start + entry["data_offsets"][0]
 
-    def read() -> np.ndarray:
-        found = np.empty(shape, dtype)
+    def read(empty: Empty) -> np.ndarray:
+        found = empty(shape, dtype)
         left = memoryview(found.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
         with open(path, "rb", buffering=0) as file:
             file.seek(offset)
@@ -168,7 +189,7 @@ def _member(path: Path, archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> Tens
         raise ValueError(f"{info.filename} has {info.file_size} bytes, not those of {shape}")
     dtype = np.dtype(ml_dtypes.bfloat16) if dtype == np.dtype("V2") else dtype
 
-    def read() -> np.ndarray:
+    def read(_: Empty) -> np.ndarray:
         try:
             with zipfile.ZipFile(path) as again, again.open(info.filename) as member:
                 return np.lib.format.read_array(member, allow_pickle=False).view(dtype)

@@ -25,7 +25,7 @@ from einops import EinopsError, rearrange
 
 from tljax.tree import flatten, nearest, unflatten
 from tljax.types import BadInput, Tree
-from tljax.weights.files import Tensor, Tensors
+from tljax.weights.files import Empty, Tensor, Tensors
 
 Modules = Mapping[str, tuple[tuple[str, str, str, str | None], ...]]
 """Kind of module -> foreign suffix, collection, tljax suffix and einops pattern of each leaf."""
@@ -254,7 +254,7 @@ def all_finite(array: np.ndarray) -> bool:
 @lru_cache(1)
 def _last_read(tensor: Tensor) -> np.ndarray:
     """Read a tensor that several leaves share once, when they are read in order."""
-    return tensor.read()
+    return tensor.read(np.empty)
 
 
 def _laid_out(tensor: Tensor, leaf: Leaf, lengths: Mapping[str, int], origin: str) -> Tensor:
@@ -269,8 +269,8 @@ def _laid_out(tensor: Tensor, leaf: Leaf, lengths: Mapping[str, int], origin: st
         stacked = rearrange(array, leaf.pattern, **lengths)
         return stacked if leaf.part is None else stacked[leaf.part]
 
-    def read() -> np.ndarray:
-        array = tensor.read() if leaf.part is None else _last_read(tensor)
+    def read(empty: Empty) -> np.ndarray:
+        array = tensor.read(empty) if leaf.part is None else _last_read(tensor)
         if not all_finite(array):
             raise BadInput(f"{where} holds NaN or infinity: the file is damaged")
         return arrange(array.astype(np.float32, copy=False))
@@ -320,6 +320,6 @@ def _reason(name: str, state: Tensors, form: Format, origin: str) -> str | None:
         stem = f".{name}".removesuffix(".weight").removesuffix(".bias")
         return next((why for end, why in form.ignored.items() if stem.endswith(f".{end}")), None)
     other = form.tied[name]
-    if other not in state or not np.array_equal(state[name].read(), state[other].read()):
+    if other not in state or not np.array_equal(state[name], state[other]):
         raise BadInput(f"{origin}: {name} differs from {other}; tljax's BERT ties the two")
     return f"tied to {other}"
