@@ -2,12 +2,14 @@
 
 import dataclasses
 import functools
+import mmap
 import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import NamedSharding, SingleDeviceSharding
 from jax.sharding import PartitionSpec as P
 from tiny import (
     BERT,
@@ -25,7 +27,7 @@ from tiny import (
 
 from tljax.edits.load import load
 from tljax.objectives import make_predict
-from tljax.sharding import check_batch, fsdp_spec, make_mesh, on, put_batch, specs, under
+from tljax.sharding import check_batch, fsdp_spec, make_mesh, on, put, put_batch, specs, under
 from tljax.strategies import STRATEGIES
 from tljax.tree import flatten
 from tljax.types import BadInput
@@ -255,3 +257,21 @@ def test_a_batch_that_does_not_divide_raises():
         check_batch(12, mesh)
     with pytest.raises(BadInput, match="use a multiple of 32"):
         check_batch(16, mesh, 4)
+
+
+@pytest.mark.parametrize("begin", range(0, 64, 4))
+@pytest.mark.parametrize("turned", [False, True])
+def test_memory_that_was_put_may_be_used_again(begin, turned):
+    """A CPU device keeps an aligned array instead of copying it: also one shard of eight."""
+    memory = mmap.mmap(-1, 64 + 4 * 512 * 1024)  # begins on a page
+    array = np.frombuffer(memory, np.float32, 512 * 1024, offset=begin).reshape(512, 1024)
+    array[:] = np.arange(array.size).reshape(array.shape)
+    given = array.T if turned else array
+    expected = given.copy()
+    on_one = put(given, SingleDeviceSharding(jax.devices()[0]))
+    on_eight = put(given, NamedSharding(make_mesh(1, 8), P("fsdp")))
+    across = put(given[0], NamedSharding(make_mesh(1, 8), P("fsdp")))
+    array[:] = 0
+    np.testing.assert_array_equal(on_one, expected)
+    np.testing.assert_array_equal(on_eight, expected)
+    np.testing.assert_array_equal(across, expected[0])

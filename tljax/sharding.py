@@ -95,7 +95,7 @@ SMALL = 1 << 20  # bytes that numpy turns sooner than a program for it is compil
 
 
 def put(array: np.ndarray, where: jax.sharding.Sharding) -> jax.Array:
-    """Put an array on its devices, and wait; a transposed view goes as it lies in memory.
+    """Copy an array to its devices, and wait; a transposed view goes as it lies in memory.
 
     It is turned there, on a CPU by its layout alone: no number moves, where numpy would take
     longer than reading the file took.
@@ -107,8 +107,13 @@ def put(array: np.ndarray, where: jax.sharding.Sharding) -> jax.Array:
     if isinstance(where, NamedSharding):
         own = (*where.spec, *[None] * array.ndim)
         there = NamedSharding(where.mesh, P(*(own[axis] for axis in order)))
+
+    def cut(index: Any) -> np.ndarray:
+        part = lying[index]  # a CPU device would keep an aligned one, and the caller reuses it
+        return part.copy() if part.ctypes.data % 16 == 0 else part
+
     # Not device_put: over several processes that compares the values, for each leaf anew.
-    whole = jax.make_array_from_callback(lying.shape, there, lying.__getitem__)
+    whole = jax.make_array_from_callback(lying.shape, there, cut)
     turned = whole if order == tuple(range(array.ndim)) else _turn(order, where)(whole)
     return turned.block_until_ready()
 

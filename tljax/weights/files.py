@@ -67,16 +67,16 @@ def held(array: np.ndarray) -> Tensor:
 def recycled() -> Empty:
     """Return what gives the same memory each time: an array ends where the next one is asked for.
 
-    Fresh memory costs several times what reading a file from the system's cache does.  The arrays
-    begin 8 bytes off where any device could use them in place, so that `device_put` copies them.
-    A larger array than `RECYCLED` has memory of its own.
+    Fresh memory costs several times what reading a file from the system's cache does; a larger
+    array than `RECYCLED` still gets it.  Each begins at an odd multiple of 8 bytes: no device can
+    use it where it is, so that `sharding.put` need not copy it twice.
     """
     memory = mmap.mmap(-1, 8 + RECYCLED)  # pages come as they are touched
 
     def empty(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-        if (count := prod(shape)) * dtype.itemsize > RECYCLED:
-            return np.empty(shape, dtype)
-        return np.frombuffer(memory, dtype, count, offset=8).reshape(shape)
+        size = prod(shape) * dtype.itemsize
+        own = memory if size <= RECYCLED else mmap.mmap(-1, 8 + size)
+        return np.frombuffer(own, dtype, prod(shape), offset=8).reshape(shape)
 
     return empty
 
