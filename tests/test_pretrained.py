@@ -119,6 +119,7 @@ def test_fields_of_the_model_can_be_chosen(folder):
         {"image_size": 18},
         {"image_size": "98"},
         {"heads": 0},
+        {"tower": "vision"},
     ],
 )
 def test_a_size_that_means_nothing_is_refused(folder, what):

@@ -271,7 +271,9 @@ def test_memory_that_was_put_may_be_used_again(begin, turned):
     on_one = put(given, SingleDeviceSharding(jax.devices()[0]))
     on_eight = put(given, NamedSharding(make_mesh(1, 8), P("fsdp")))
     across = put(given[0], NamedSharding(make_mesh(1, 8), P("fsdp")))
+    scalar = put(np.squeeze(given[1:2, 1:2]), SingleDeviceSharding(jax.devices()[0]))
     array[:] = 0
     np.testing.assert_array_equal(on_one, expected)
     np.testing.assert_array_equal(on_eight, expected)
     np.testing.assert_array_equal(across, expected[0])
+    np.testing.assert_array_equal(scalar, expected[1, 1])

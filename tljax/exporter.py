@@ -124,18 +124,19 @@ def prepare(pre: Pretrained, to: str, merge: bool, kind: Any) -> tuple[Tree, lis
 def fold_errors(before: Tree, exact: Tree, rounded: Tree, name: str) -> list[str]:
     """Say how much of every LoRA's update is lost where its sum with the kernel is rounded."""
     old, new, cast = flatten(before), flatten(exact), flatten(rounded)
-    lost = {}
+    lost = {}  # percent
     for path in (p.removesuffix("/lora/a") for p in old if p.endswith("/lora/a")):
         kernel = f"{path}/kernel"
         update = np.linalg.norm(new[kernel] - old[kernel])
-        lost[path] = float(np.linalg.norm(cast[kernel] - new[kernel]) / max(float(update), 1e-30))
-    if not lost:
-        return []
-    worst = max(lost, key=lambda path: lost[path])
+        missed = np.linalg.norm(cast[kernel] - new[kernel])
+        lost[path] = 100 * float(missed) / max(float(update), 1e-30)
+    folded = f"LoRA folded into {len(lost)} kernels in float32"
+    if name == "float32":
+        return [f"{folded}, the file's type: their sums are rounded no further"]
+    worst, mean = max(lost, key=lambda path: lost[path]), np.mean([*lost.values()])
     return [
-        f"LoRA folded into {len(lost)} kernels in float32; rounding the sums to {name} changes the "
-        f"updates by {np.mean([*lost.values()]):.2%} of their norm in the mean, {lost[worst]:.2%} "
-        f"at most ({worst})"
+        f"{folded}; rounding the sums to {name} changes the updates by {mean:.3g} % of their norm "
+        f"in the mean, {lost[worst]:.3g} % at most ({worst})"
     ]
 
 
@@ -149,6 +150,8 @@ def whole(folder: Path) -> Iterator[Path]:
         if folder.exists():
             folder.rmdir()  # it is empty
         place.rename(folder)
+    except BadInput as error:
+        raise BadInput(str(error).replace(str(place), str(folder))) from None
     finally:
         shutil.rmtree(place, ignore_errors=True)
 

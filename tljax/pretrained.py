@@ -93,6 +93,8 @@ def load(
     if not _is_size(image_size):
         raise BadInput(f"image_size={image_size!r}: expected pixels, a side or (height, width)")
     found = open_source(str(source), tower, fields)
+    if tower is not None and not found.kind.startswith("clip_"):
+        raise BadInput(f"{found.origin} is no CLIP of two towers: tower={tower!r} means nothing")
     if found.arch not in IMAGES and image_size is not None:
         raise BadInput(f"{found.origin} reads texts: image_size means nothing there")
     verified = verify(found)

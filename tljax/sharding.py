@@ -109,7 +109,8 @@ def put(array: np.ndarray, where: jax.sharding.Sharding) -> jax.Array:
         there = NamedSharding(where.mesh, P(*(own[axis] for axis in order)))
 
     def cut(index: Any) -> np.ndarray:
-        part = lying[index]  # a CPU device would keep an aligned one, and the caller reuses it
+        part = np.asarray(lying[index])
+        # A CPU device would keep an aligned one, and the caller uses its memory again.
         return part.copy() if part.ctypes.data % 16 == 0 else part
 
     # Not device_put: over several processes that compares the values, for each leaf anew.

@@ -133,7 +133,7 @@ def _find(name: str) -> Path:
         return folder.fetch(name)
     raise BadInput(
         f"no weights {name!r}: neither a file or folder nor one of the names {', '.join(NAMES)}"
-        f" (nearest: {nearest(name, NAMES, 1)})"
+        f" (nearest: {nearest(name, NAMES, 1)}); a name of the hub is OWNER/NAME"
     )
 
 
