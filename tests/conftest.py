@@ -13,13 +13,14 @@ CACHE = ROOT / ".cache"
 
 # Tests of one device take jax.devices()[:1]; the mesh tests take all eight.
 flags = os.environ.get("XLA_FLAGS", "")
+# Compiling is most of the time the tests take: LLVM's dear passes would gain tiny models nothing.
+flags += " --xla_llvm_disable_expensive_passes=true"
 os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8".strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 # An array captured by closure would be compiled in; the largest honest constants are the two small
 # matrices that resample a position table.
 os.environ["JAX_CAPTURED_CONSTANTS_WARN_BYTES"] = str(64 * 1024)
-# Compiling is most of the time the tests take.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE / "jax"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
 # Tests start processes and change folders, and leave the user's own data alone.

@@ -3,6 +3,7 @@
 import json
 import logging
 import warnings
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +17,9 @@ import tljax
 from tljax.__main__ import main
 from tljax.edits.lora import Graft
 from tljax.exporter import export
-from tljax.pretrained import FIXTURE, NOTE, assemble
-from tljax.tree import flatten, map_with_path
+from tljax.pretrained import assemble
+from tljax.proof import FIXTURE, NOTE
+from tljax.tree import flatten, map_with_path, unflatten
 from tljax.types import BadInput
 
 LABELS = ("cat", "dog", "emu")
@@ -27,8 +29,6 @@ MASK = (np.arange(10) < [[10], [7]]).astype(np.int32)
 
 def grafted(source, *targets, rank=2):
     """Add LoRA factors that are not zero to a source."""
-    from dataclasses import replace
-
     tree = Graft(targets, rank, 6.0, 0.0)(source.tree, jax.random.key(0))
     rng = np.random.default_rng(2)
 
@@ -201,7 +201,55 @@ def test_nothing_is_overwritten_and_nothing_half_written(tmp_path):
     ):
         with pytest.raises(BadInput, match=word):
             export(pre, tmp_path / "new", **options)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["full"]
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    for folder in ("link", "full/mine/new", "\0"):
+        with pytest.raises(BadInput):
+            export(pre, tmp_path / folder)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "link"]
+
+
+def test_variables_of_another_model_are_refused(tmp_path):
+    pre = assemble(made("vit", LABELS), "")
+    leaves = flatten(pre.variables)
+    without = {path: leaf for path, leaf in leaves.items() if "head" not in path}
+    for variables, word in (
+        (unflatten(without), "params/head"),
+        (unflatten(leaves | {"params/head/bias": np.zeros(9, np.float32)}), "params/head/bias"),
+        (unflatten(leaves | {"params/head/bias": np.full(3, np.nan)}), "params/head/bias.*NaN"),
+        (unflatten(leaves | {"params/head/bias": np.array(["a", "b", "c"])}), "no numbers"),
+        ((), "dict"),
+    ):
+        with pytest.raises(BadInput, match=word):
+            export(replace(pre, variables=variables), tmp_path / "new")
+    large = unflatten(leaves | {"params/head/bias": np.full(3, 1e6, np.float32)})
+    with pytest.raises(BadInput, match="params/head/bias.*float16"):
+        export(replace(pre, variables=large), tmp_path / "new", dtype="float16")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_lora_in_half_precision_keeps_its_scale_and_the_base(tmp_path, dtype):
+    source = replace(made("vit", LABELS), preprocess=None)
+    base = export(assemble(source, ""), tmp_path / "base")
+    lora = Graft(("params/blocks/0/attention/query",), 3, 4.0, 0.1)
+    pre = assemble(replace(source, tree=lora(source.tree, jax.random.key(0))), "")
+    out = export(pre, tmp_path / "lora", to="peft", dtype=dtype, base=str(base))
+    config = json.loads((out / "adapter_config.json").read_text())
+    assert (config["lora_alpha"], config["lora_dropout"], config["r"]) == (4, 0.1, 3)
+    kept = flatten(tljax.load(out).variables)
+    for path in ("params/blocks/0/attention/query/kernel", "params/blocks/0/mlp/wi/kernel"):
+        if path in kept:
+            np.testing.assert_array_equal(kept[path], flatten(pre.variables)[path])
+
+
+def test_what_npz_cannot_say_is_said(tmp_path, capsys):
+    own = {"eps": 1e-6, "activation": "gelu_tanh"}
+    pre = assemble(made("vit", LABELS, **own), "")
+    export(pre, tmp_path / "npz", to="npz")
+    said, card = capsys.readouterr().out, (tmp_path / "npz" / "README.md").read_text()
+    for words in ("names of the labels", "[-1, 1]"):
+        assert words in said and words in card
+    assert tljax.load(tmp_path / "npz").report.share == 1  # by its folder
 
 
 def test_an_export_that_computes_something_else_is_not_left_behind(tmp_path, monkeypatch):
@@ -209,8 +257,6 @@ def test_an_export_that_computes_something_else_is_not_left_behind(tmp_path, mon
     wrong = map_with_path(lambda _, x: x * 1.1, pre.variables)
     monkeypatch.setattr("tljax.exporter.load", lambda path, **_: assemble(made("vit", LABELS), ""))
     with pytest.raises(BadInput, match=r"other (pooled|logits)"):
-        from dataclasses import replace
-
         export(replace(pre, variables=wrong), tmp_path / "wrong")
     assert not list(tmp_path.iterdir())
 

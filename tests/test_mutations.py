@@ -12,7 +12,8 @@ from test_pretrained import made
 
 import tljax
 from tljax.exporter import export
-from tljax.pretrained import FIXTURE, NOTE, assemble
+from tljax.pretrained import assemble
+from tljax.proof import FIXTURE, NOTE
 from tljax.types import BadInput
 from tljax.weights.npz import write_npz
 
@@ -274,7 +275,7 @@ def test_other_values_are_noticed(weights, name):
         found = change(path, state)
         assert any((found[tensor] != state[tensor]).any() for tensor in found)
         write(path, state | found)
-        refused(path, "changed since their export", seconds=60)  # the model is compiled and run
+        refused(path, "changed since its export", seconds=60)  # the model is compiled and run
     (path.parent / NOTE).unlink()
     assert load(path).verified == "values unverified"
 
@@ -285,7 +286,7 @@ def test_any_flipped_bit_is_noticed(weights, name):
     state = read(path)
     write(path, state | flipped(state, rng, bits=1))
     # It may be in what the recorded outputs do not depend on: then they alone are known.
-    with pytest.warns(UserWarning, match="the file has changed since its export"):
+    with pytest.warns(UserWarning, match="has changed since its export"):
         assert "by their outputs only" in load(path).verified
     (path.parent / FIXTURE).unlink()
     for _ in range(20):

@@ -1,5 +1,8 @@
 """`tljax.load`: every leaf accounted for, heads and grids by choice, values that are checked."""
 
+import builtins
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,10 +11,12 @@ import pytest
 import tljax
 from tljax.exporter import export
 from tljax.models import MODELS
-from tljax.pretrained import FIXTURE, NOTE, assemble, example_inputs, target_of
+from tljax.pretrained import assemble, target_of
+from tljax.proof import FIXTURE, NOTE, example_inputs
 from tljax.sharding import make_mesh
 from tljax.tree import flatten, map_with_path
 from tljax.types import BadInput
+from tljax.weights import files
 from tljax.weights.table import Source
 
 VIT = {"width": 32, "depth": 2, "heads": 2, "mlp": 48, "patch": 4, "grid": (4, 4), "eps": 1e-12}
@@ -39,7 +44,8 @@ def made(arch, labels=None, **more):
 
 
 def run(pre, inputs=None):
-    inputs = example_inputs(pre.model) if inputs is None else inputs
+    if inputs is None:
+        inputs = [jnp.zeros(like.shape, like.dtype) for like in example_inputs(pre.model)]
     with jax.default_matmul_precision("highest"):
         return pre.model.apply(pre.variables, *map(jnp.asarray, inputs))
 
@@ -175,7 +181,7 @@ PRESERVING = {
 @pytest.mark.parametrize("name", PRESERVING)
 def test_changed_values_of_an_export_are_noticed(folder, name):
     change(folder, PRESERVING[name])
-    with pytest.raises(BadInput, match="changed since their export"):
+    with pytest.raises(BadInput, match="changed since its export"):
         tljax.load(folder)
 
 
@@ -197,6 +203,108 @@ def test_a_changed_file_without_its_fixture_is_refused(folder):
     (folder / FIXTURE).unlink()
     with pytest.raises(BadInput, match="export it again"):
         tljax.load(folder)
+
+
+def rewrite(path, edit):
+    """Change a JSON document."""
+    content = json.loads(path.read_text())
+    edit(content)
+    path.write_text(json.dumps(content))
+
+
+def test_a_changed_document_is_named_instead_of_the_weights(folder):
+    swapped = {"0": "dog", "1": "cat", "2": "emu"}
+    rewrite(folder / "config.json", lambda config: config.update(id2label=swapped))
+    with pytest.warns(UserWarning, match=r"config\.json has changed since its export"):
+        tljax.load(folder)
+
+
+def test_what_is_pooled_comes_back(tmp_path):
+    """transformers' configuration has no place for it."""
+    source = made("vit", layer_scale=1.0, eps=1e-6, pool="mean")
+    pre = assemble(source, "")
+    folder = export(pre, tmp_path / "mean")
+    again = tljax.load(folder)
+    assert again.model.pool == "mean" and tljax.load(folder, pool="cls").model.pool == "cls"
+    np.testing.assert_allclose(run(again).pooled, run(pre).pooled, rtol=1e-5, atol=1e-6)
+
+
+def spoil_fixture(folder, **tensors):
+    from safetensors.numpy import save_file
+
+    rewrite(folder / NOTE, lambda note: note.update(digest="0" * 64))
+    save_file(
+        {name: np.zeros(shape, np.float32) for name, shape in tensors.items()}, folder / FIXTURE
+    )
+
+
+@pytest.mark.parametrize(
+    "tensors",
+    [
+        {"images": (2, 4096, 4096, 3), "logits": (2, 3)},
+        {"images": (2, 16, 16, 4), "logits": (2, 3)},
+        {"images": (0, 16, 16, 3), "logits": (0, 3)},
+        {"images": (2, 16, 16, 3)},
+        {"images": (2, 16, 16, 3), "logits": (2, 4)},
+        {"images": (2, 16, 16, 3), "pooled": (2, 32), "logits": (2, 3), "more": (1,)},
+    ],
+)
+def test_a_fixture_of_other_shapes_is_refused(folder, tensors):
+    spoil_fixture(folder, **tensors)
+    with pytest.raises(BadInput, match=r"export it again"):
+        tljax.load(folder)
+
+
+@pytest.mark.parametrize(
+    "note", ["[]", '{"digest": 3, "documents": {}}', '{"digest": "", "documents": {"../x": ""}}']
+)
+def test_a_note_that_tljax_did_not_write_is_refused(folder, note):
+    (folder / NOTE).write_text(note)
+    with pytest.raises(BadInput, match=NOTE):
+        tljax.load(folder)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": "int8"}, "float32, bfloat16 or float16"),
+        ({"dtype": "nothing"}, "float32, bfloat16 or float16"),
+        ({"name": "x"}, "no field 'name'"),
+        ({"read": 5}, "read=5"),
+        ({"grid": (2,)}, "no model has the fields"),
+        ({"mesh": "x"}, "make_mesh"),
+        ({"image_size": 2**20}, "image_size"),
+        ({"num_classes": 10**12}, "num_classes"),
+    ],
+)
+def test_arguments_that_make_no_sense_are_refused(folder, options, message):
+    with pytest.raises(BadInput, match=message):
+        tljax.load(folder, **options)
+
+
+@pytest.mark.parametrize("source", ["", 5, None, "x" * 5000, "a/" + "x" * 300])
+def test_names_that_are_none_are_refused(source):
+    with pytest.raises(BadInput):
+        tljax.load(source)
+
+
+def test_the_parts_of_one_tensor_are_read_once(tmp_path, monkeypatch):
+    """timm keeps query, key and value in one tensor; ours are three leaves."""
+    source = made("vit", ("a", "b"), width=64, depth=2, heads=2, eps=1e-6)
+    folder = export(assemble(source, ""), tmp_path / "timm", to="timm")
+    (folder / NOTE).unlink()
+    opened = []
+    real = builtins.open
+
+    def counting(path, *rest, **more):
+        opened.append(str(path))
+        return real(path, *rest, **more)
+
+    monkeypatch.setattr(files, "open", counting, raising=False)
+    tensors = len(files.open_safetensors(folder / "model.safetensors")[0])
+    opened.clear()
+    tljax.load(folder)
+    assert len([path for path in opened if path.endswith("model.safetensors")]) == tensors + 1
 
 
 def test_nan_is_refused_when_it_is_read(folder):

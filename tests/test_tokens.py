@@ -8,11 +8,11 @@ import pytest
 import tokenizers
 from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 
-from tljax.data import tokenizer_files
 from tljax.data.builders_image import find_asset
 from tljax.data.sources import Rows
 from tljax.data.tokens import MaskTokens, Tokenizer, encode, pack, train_wordpiece
 from tljax.types import BadInput
+from tljax.weights import files, tokenizer_files
 
 CORPUS = [
     "the cat sat on the mat, and the cats' mats were sat on",
@@ -326,8 +326,9 @@ def test_large_files_are_not_read(tmp_path, monkeypatch):
     ours.save(tmp_path / "tokenizer.json")
     with pytest.raises(BadInput, match=r"tokenizer.json has \d+ bytes, expected at most 1000"):
         Tokenizer.from_file(tmp_path)
+    monkeypatch.setattr(files, "MAX_JSON", 1000)
     (tmp_path / "tokenizer_config.json").write_text(" " * 1001)
-    with pytest.raises(BadInput, match=r"tokenizer_config.json has 1001 bytes"):
+    with pytest.raises(BadInput, match=r"tokenizer_config.json has 1,001 bytes"):
         Tokenizer.from_file(tmp_path)
 
 

@@ -8,15 +8,18 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
 
 from tljax.card import make_card
 from tljax.checkpoint import write_json, write_text
+from tljax.edits.load import match
 from tljax.edits.lora import merge as fold
 from tljax.layers import choose
 from tljax.models import MODELS
-from tljax.pretrained import FIXTURE, IMAGES, NOTE, Pretrained, close, example_inputs, load, outputs
+from tljax.pretrained import HEADS, IMAGES, Pretrained, load, target_of
+from tljax.proof import FIXTURE, NOTE, differing, fixture_inputs, outputs
 from tljax.source import ADAPTER, open_source
 from tljax.tree import flatten, map_with_path, unflatten
 from tljax.types import BadInput, Tree
@@ -25,7 +28,7 @@ from tljax.weights import hf, npz, peft, timm
 from tljax.weights.files import DTYPES, digest_of
 from tljax.weights.hf_config import kind_of, to_config
 from tljax.weights.preprocess import shift, to_hf
-from tljax.weights.table import to_foreign
+from tljax.weights.table import all_finite, to_foreign
 
 OURS = {"parent", "name", "dtype", "read", "dropout", "drop_path", "momentum"}
 """Fields that say how a model is trained or run here, not what it is."""
@@ -63,23 +66,27 @@ def export(
     Raises: BadInput if the folder is not empty or the format has no place for the model.
     """
     writer = choose(WRITERS, to, "to")
-    require_new(folder := Path(folder).absolute())
+    require_new(folder := Path(folder).expanduser().absolute())
+    require_complete(pre)
     if (arch := pre.source.arch) not in ARCHS[to]:
         raise BadInput(f"{to} has no {arch}; it has {', '.join(ARCHS[to])}")
     if to != "peft" and (naming or base):
         raise BadInput(f"naming and base are an adapter's: they mean nothing for to={to!r}")
     tree, notes = prepare(pre, to, merge, kind := file_dtype(pre, dtype))
-    written = writer(pre, tree, kind, {"naming": naming or "5", "base": base})
+    written = writer(pre, tree, {"dtype": kind, "naming": naming or "5", "base": base})
     with whole(folder) as place:
         write_weights(place / written.weights, written.tensors, kind)
         for name, document in written.documents.items():
             write_json(place / name, document)
         if pre.tokenizer:
             pre.tokenizer.save(place / "tokenizer.json")
-        digest = open_source(str(place / written.weights)).digest()  # of an adapter and its base
-        documents = {name: digest_of(place / name)() for name in written.documents}
+        # Of an adapter and its base together, so that both are proved.
+        digest = open_source(str(place / written.weights), tower_of(pre)).digest()
+        beside = sorted(file.name for file in place.iterdir() if file.name != written.weights)
+        documents = {name: digest_of(place / name)() for name in beside}
         note = {"digest": digest, "documents": documents, "exported": to}
-        write_json(place / NOTE, note | pool_of(pre))
+        pool = {"pool": pre.model.pool} if hasattr(pre.model, "pool") else {}
+        write_json(place / NOTE, note | pool)
         parameters = sum(tensor.size for tensor in written.tensors.values())
         facts = pre.record | {"notes": [*notes, *written.notes]}
         text = make_card(folder.name, to, parameters, facts, **written.use)
@@ -91,9 +98,28 @@ def export(
 
 
 def require_new(folder: Path) -> None:
-    """Raise BadInput for a folder that something would be lost in."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    """Raise BadInput for a folder that something would be lost in, or that cannot be made."""
+    if "\0" in str(folder):
+        raise BadInput(f"{str(folder)!r} is no name of a folder")
+    if folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
         raise BadInput(f"{folder} is there already: name a new folder")
+    above = next(parent for parent in folder.parents if parent.exists())
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise BadInput(f"{folder} cannot be made: {above} is no folder that you may write to")
+
+
+def require_complete(pre: Pretrained) -> None:
+    """Raise BadInput for variables that are not the model's, or not finite."""
+    if not isinstance(pre, Pretrained) or not isinstance(pre.variables, Mapping):
+        raise BadInput("expected what tljax.load returns, its variables a dict of dicts")
+    leaves = {path: np.asarray(leaf) for path, leaf in flatten(pre.variables).items()}
+    try:
+        match(unflatten(leaves), target_of(pre.model, pre.variables))
+    except BadInput as error:
+        raise BadInput(f"these are not the variables of the model: {error}") from None
+    for path, leaf in leaves.items():
+        if not jnp.issubdtype(leaf.dtype, jnp.number) or not all_finite(leaf):
+            raise BadInput(f"{path} ({leaf.dtype}) holds no numbers, or NaN or infinity")
 
 
 def file_dtype(pre: Pretrained, name: str | None) -> Any:
@@ -117,8 +143,25 @@ def prepare(pre: Pretrained, to: str, merge: bool, kind: Any) -> tuple[Tree, lis
     if merge and not grafted:
         raise BadInput("there is no LoRA to fold: leave --merge out")
     tree = fold(pre.variables) if merge else pre.variables
-    rounded = map_with_path(lambda _, x: np.asarray(x).astype(kind).astype(np.float32), tree)
+    rounded = map_with_path(lambda path, x: rounded_leaf(path, x, to, kind), tree)
     return rounded, fold_errors(pre.variables, tree, rounded, np.dtype(kind).name) if merge else []
+
+
+def rounded_leaf(path: str, leaf: Any, to: str, kind: Any) -> np.ndarray:
+    """Round a leaf as the file will; of an adapter's model only what goes into the file.
+
+    Raises: BadInput if a number becomes infinite.
+    """
+    array = np.asarray(leaf, np.float32)
+    inside = path.endswith(("/lora/a", "/lora/b", "/lora/magnitude"))
+    if to == "peft" and not inside and (path.split("/")[1] not in HEADS or "/lora/" in path):
+        return array
+    with np.errstate(over="ignore"):
+        rounded = array.astype(kind).astype(np.float32)
+    if not all_finite(rounded):
+        largest = np.abs(array).max()
+        raise BadInput(f"{path} holds {largest:.3g}: more than {np.dtype(kind).name} can")
+    return rounded
 
 
 def fold_errors(before: Tree, exact: Tree, rounded: Tree, name: str) -> list[str]:
@@ -175,37 +218,22 @@ def prove(pre: Pretrained, place: Path, written: Written) -> None:
 
     Raises: BadInput if the folder, opened again, gives something else.
     """
-    inputs = fixture_inputs(pre)
-    again = load(place / written.weights, **pool_of(pre))
-    expected = outputs(replace(pre, model=pre.model.clone(dtype=again.model.dtype)), inputs)
+    inputs = fixture_inputs(pre.model)
+    again = load(place / written.weights, tower=tower_of(pre))
+    expected = outputs(pre.model.clone(dtype=again.model.dtype), pre.variables, inputs)
     safetensors.numpy.save_file(inputs | expected, place / FIXTURE)
-    found = outputs(again, inputs)
-    for name, value in expected.items():
-        if name not in found or not close(found[name], value):
-            base = written.use.get("base")
-            why = f": is {base} what it was trained on, and is all that was trained LoRA or head?"
-            raise BadInput(
-                f"the exported folder gives other {name}, nothing was written{why if base else ''}"
-            )
+    if name := differing(outputs(again.model, again.variables, inputs), expected):
+        base = written.use.get("base")
+        why = f": is {base} what it was trained on, and is all that was trained LoRA or head?"
+        raise BadInput(
+            f"the exported folder gives other {name}, nothing was written{why if base else ''}"
+        )
 
 
-def pool_of(pre: Pretrained) -> dict[str, Any]:
-    """Return the field that says what is pooled, which not every format keeps."""
-    return {"pool": pre.model.pool} if hasattr(pre.model, "pool") else {}
-
-
-def fixture_inputs(pre: Pretrained) -> dict[str, np.ndarray]:
-    """Draw two small inputs, the same ones every time."""
-    rng = np.random.default_rng(0)
-    (like,) = example_inputs(pre.model)
-    if like.ndim == 4:
-        return {"images": rng.normal(size=(2, *like.shape[1:])).astype(np.float32)}
-    length = min(16, pre.model.positions - 2)
-    ids = rng.integers(3, pre.model.vocab, (2, length)).astype(np.int32)
-    ids[:, -1] = getattr(pre.model, "eot", None) or ids[:, -1]
-    mask = (np.arange(length) < [[length], [length - 2]]).astype(np.int32)
-    types = (ids % 2).astype(np.int32) if getattr(pre.model, "types", 0) > 1 else 0 * ids
-    return {"input_ids": ids, "attention_mask": mask, "token_type_ids": types}
+def tower_of(pre: Pretrained) -> str | None:
+    """Return which tower of a CLIP it is, as `load` asks when a folder holds both."""
+    kind = pre.source.kind
+    return kind.split("_")[1] if kind.startswith("clip_") else None
 
 
 def fields_of(pre: Pretrained) -> dict[str, Any]:
@@ -225,7 +253,7 @@ def kind_in_hf(pre: Pretrained, fields: Mapping[str, Any]) -> str:
     return pre.source.kind if kept else kind_of(pre.source.arch, fields)
 
 
-def to_transformers(pre: Pretrained, tree: Tree, dtype: Any, options: Mapping[str, Any]) -> Written:
+def to_transformers(pre: Pretrained, tree: Tree, options: Mapping[str, Any]) -> Written:
     """Lay a model out as transformers' save_pretrained does."""
     fields = fields_of(pre)
     kind = kind_in_hf(pre, fields)
@@ -234,7 +262,9 @@ def to_transformers(pre: Pretrained, tree: Tree, dtype: Any, options: Mapping[st
     kept = {path: leaf for path, leaf in flatten(tree).items() if path in held}
     tensors = to_foreign(unflatten(kept), leaves, fields)
     tensors |= hf.fillers(kind, tensors, fields.get("width", 0))
-    config = to_config(pre.source.arch, fields, pre.labels, kind, dtype=np.dtype(dtype).name)
+    config = to_config(
+        pre.source.arch, fields, pre.labels, kind, dtype=np.dtype(options["dtype"]).name
+    )
     documents = {"config.json": config}
     left = sorted(flatten(tree).keys() - held)  # a pooler that nothing reads
     notes = tuple(f"{path} is left out: {name} does not read it" for path in left)
@@ -245,7 +275,7 @@ def to_transformers(pre: Pretrained, tree: Tree, dtype: Any, options: Mapping[st
     return Written(tensors, "model.safetensors", documents, notes, {"auto": name})
 
 
-def to_timm_folder(pre: Pretrained, tree: Tree, dtype: Any, options: Mapping[str, Any]) -> Written:
+def to_timm_folder(pre: Pretrained, tree: Tree, _: Mapping[str, Any]) -> Written:
     """Lay a model out as timm's save_for_hf does."""
     fields, own = fields_of(pre), asdict(pre.preprocess) if pre.preprocess else None
     config = timm.to_timm_config(pre.source.arch, fields, pre.labels, own)
@@ -254,12 +284,21 @@ def to_timm_folder(pre: Pretrained, tree: Tree, dtype: Any, options: Mapping[str
     return Written(tensors, "model.safetensors", {"config.json": config}, notes)
 
 
-def to_big_vision(pre: Pretrained, tree: Tree, dtype: Any, options: Mapping[str, Any]) -> Written:
+def to_big_vision(pre: Pretrained, tree: Tree, _: Mapping[str, Any]) -> Written:
     """Lay a model out as big_vision's checkpoints are."""
-    return Written(npz.to_npz(tree, fields_of(pre)), "model.npz")
+    notes = []
+    if pre.labels:
+        notes.append("an .npz has no place for the names of the labels: they are left out")
+    own = pre.preprocess
+    if own and (own.mean, own.std) != ((0.5,) * 3, (0.5,) * 3):
+        notes.append(
+            "big_vision's pictures lie in [-1, 1], this model's do not, and an .npz cannot say so: "
+            f"mean={own.mean}, std={own.std}"
+        )
+    return Written(npz.to_npz(tree, fields_of(pre)), "model.npz", notes=tuple(notes))
 
 
-def to_adapter(pre: Pretrained, tree: Tree, dtype: Any, options: Mapping[str, Any]) -> Written:
+def to_adapter(pre: Pretrained, tree: Tree, options: Mapping[str, Any]) -> Written:
     """Lay the LoRA out as PEFT's save_pretrained does."""
     fields = fields_of(pre)
     named, naming = options["base"] or base_name(pre), options["naming"]
@@ -278,7 +317,7 @@ def base_name(pre: Pretrained) -> str:
     config, form = pre.source.config, pre.source.format
     bases = {"peft": config.get("base"), "run": config.get("config", {}).get("weights")}
     named = bases.get(form, pre.origin)
-    found = open_source(named) if named else None
+    found = open_source(named, tower_of(pre)) if named else None
     if found is None or found.format != "hf":
         raise BadInput(
             f"the LoRA's base is {named or 'random'}, not a model of transformers: export it first "
@@ -290,7 +329,7 @@ def base_name(pre: Pretrained) -> str:
 
 ARCHS = {"hf": tuple(MODELS), "peft": tuple(MODELS), "timm": IMAGES, "npz": IMAGES}
 """What the formats have models of."""
-WRITERS: Mapping[str, Callable[[Pretrained, Tree, Any, Mapping[str, Any]], Written]] = {
+WRITERS: Mapping[str, Callable[[Pretrained, Tree, Mapping[str, Any]], Written]] = {
     "hf": to_transformers,
     "timm": to_timm_folder,
     "npz": to_big_vision,

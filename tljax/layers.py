@@ -52,8 +52,8 @@ def choose(table: Mapping[str, Any], name: str, field: str) -> Any:
 
     Raises: BadInput naming the field and the names there are.
     """
-    if name not in table:
-        close = nearest(name, table, 1)
+    if not isinstance(name, str) or name not in table:
+        close = nearest(str(name), table, 1)
         raise BadInput(f"{field}={name!r} is none of {', '.join(table)}; the nearest is {close!r}")
     return table[name]
 

@@ -21,19 +21,18 @@ from tljax.edits.load import Report, match
 from tljax.layers import last_block
 from tljax.models import MODELS
 from tljax.models.vit import resample
+from tljax.proof import FIXTURE, NOTE, Note, check_fixture, example_inputs, read_note
 from tljax.source import open_source
 from tljax.tree import flatten, unflatten
-from tljax.types import BadInput, Output, Rules, Tree
+from tljax.types import BadInput, Rules, Tree
 from tljax.weights import Source
-from tljax.weights.files import Empty, Tensor, digest_of, open_safetensors, read_json, recycled
+from tljax.weights.files import Empty, Tensor, held, recycled
 
 HEADS = ("head", "head_dist", "mlm")
 IMAGES = ("vit", "resnet")
 """Architectures that read images."""
-NOTE, FIXTURE = "tljax.json", "tljax_fixture.safetensors"
-"""What an export carries: the digest of its weights, and inputs with their outputs."""
 READERS = 2  # threads, each with one leaf on its way to the devices
-CLOSE = 2e-4  # of the largest value: other devices and versions, not other weights
+MAX_SIDE, MAX_CLASSES = 1 << 14, 1 << 20  # pixels; a number that is no typing error
 
 
 @dataclass(frozen=True)
@@ -90,20 +89,31 @@ def load(
 
     Raises: BadInput for whatever does not fit, naming file and tensor; nothing is half loaded.
     """
+    if not isinstance(source, str | Path) or not str(source):
+        raise BadInput(f"source={source!r}: expected a name or a path")
     if not _is_size(image_size):
         raise BadInput(f"image_size={image_size!r}: expected pixels, a side or (height, width)")
-    found = open_source(str(source), tower, fields)
-    if tower is not None and not found.kind.startswith("clip_"):
-        raise BadInput(f"{found.origin} is no CLIP of two towers: tower={tower!r} means nothing")
-    if found.arch not in IMAGES and image_size is not None:
-        raise BadInput(f"{found.origin} reads texts: image_size means nothing there")
-    verified = verify(found)
-    return assemble(found, verified, image_size, num_classes, mesh, **fields)
+    if not isinstance(mesh, sharding.Mesh | None):
+        raise BadInput(f"mesh={mesh!r}: expected a mesh of tljax.sharding.make_mesh")
+    try:
+        found = open_source(str(Path(source).expanduser()), tower, fields)
+        if tower is not None and not found.kind.startswith("clip_"):
+            raise BadInput(
+                f"{found.origin} is no CLIP of two towers: tower={tower!r} means nothing"
+            )
+        if found.arch not in IMAGES and image_size is not None:
+            raise BadInput(f"{found.origin} reads texts: image_size means nothing there")
+        note = None if found.format == "run" else read_note(Path(found.origin).parent)
+        verified = verify(found, note)
+        chosen = {**(note.pool if note else {}), **fields}
+        return assemble(found, verified, image_size, num_classes, mesh, **chosen)
+    except OSError as error:  # it names the file: no permission, a name too long, a broken link
+        raise BadInput(f"{source}: {error}") from None
 
 
 def _is_size(size: Any) -> bool:
     sides = size if isinstance(size, tuple) and len(size) == 2 else (size,)
-    return size is None or all(type(side) is int and side > 0 for side in sides)
+    return size is None or all(type(side) is int and 0 < side <= MAX_SIDE for side in sides)
 
 
 def assemble(
@@ -117,20 +127,24 @@ def assemble(
     """Build the model of a source and read the weights into it, leaf by leaf."""
     tree, chosen = source.tree, head_fields(source, num_classes) | fields
     adapted: Rules = ()
-    if source.arch == "vit" and image_size is not None:
-        chosen["grid"] = grid_of(image_size, chosen["patch"])
-        tree, adapted = regrid(tree, source.fields, chosen)
-    known = MODELS[source.arch].__dataclass_fields__
-    if odd := sorted(chosen.keys() - known.keys()):
-        raise BadInput(f"a {source.arch} has no field {odd[0]!r}; it has {', '.join(known)}")
-    model = MODELS[source.arch](**chosen)
-    if getattr(model, "read", None) is not None and "depth" in known:
-        last_block(model.read, model.depth)  # raises for one that is not there
+    known = MODELS[source.arch].__dataclass_fields__.keys() - {"parent", "name"}
+    if odd := sorted(chosen.keys() - known):
+        raise BadInput(
+            f"a {source.arch} has no field {odd[0]!r}; it has {', '.join(sorted(known))}"
+        )
+    if not jnp.issubdtype(chosen.get("dtype", np.float32), jnp.floating):
+        raise BadInput(f"dtype={chosen['dtype']!r}: expected float32, bfloat16 or float16")
     try:
+        if source.arch == "vit" and image_size is not None:
+            chosen["grid"] = grid_of(image_size, chosen["patch"])
+            tree, adapted = regrid(tree, source.fields, chosen)
+        model = MODELS[source.arch](**chosen)
+        if "depth" in known:
+            last_block(getattr(model, "read", None), model.depth)  # raises if it is not there
         target = target_of(model, tree)
     except BadInput:
         raise
-    except (TypeError, ValueError, ZeroDivisionError) as error:
+    except (TypeError, ValueError, IndexError, ArithmeticError) as error:
         raise BadInput(f"{source.origin}: no model has the fields {fields}: {error}") from None
     try:
         values, report = match(tree, target, adapted=adapted, **head_rules(tree, target))
@@ -163,8 +177,12 @@ def preprocess_of(
 
 def head_fields(source: Source, num_classes: int | None) -> dict[str, Any]:
     """Return the source's fields with those that say which heads the model has."""
-    if num_classes is not None and (type(num_classes) is not int or num_classes < 0):
-        raise BadInput(f"num_classes={num_classes!r}: expected None, 0 or a number of classes")
+    if num_classes is not None and not (
+        type(num_classes) is int and 0 <= num_classes <= MAX_CLASSES
+    ):
+        raise BadInput(
+            f"num_classes={num_classes!r}: expected None, 0 or up to {MAX_CLASSES:,} classes"
+        )
     there = source.tree["params"]
     own = there["head"]["kernel"].shape[-1] if "head" in there else None
     fields = dict(source.fields) | {"num_classes": own if num_classes is None else num_classes}
@@ -225,16 +243,6 @@ def regrid(tree: Tree, before: Any, after: dict[str, Any]) -> tuple[Tree, Rules]
     return unflatten(leaves), (("params/embed/pos", how),)
 
 
-def example_inputs(model: nn.Module) -> tuple[Any, ...]:
-    """Return inputs of the smallest shape the model takes, zeros."""
-    if hasattr(model, "vocab"):
-        return (np.zeros((1, 2), np.int32),)
-    sides = (64, 64)
-    if hasattr(model, "patch"):
-        sides = np.broadcast_to(model.patch, 2) * model.grid
-    return (np.zeros((1, *sides, 3), np.float32),)
-
-
 def target_of(model: nn.Module, tree: Tree) -> Tree:
     """Return the model's variables as shapes, with what is grafted onto the source's.
 
@@ -261,75 +269,47 @@ def place(values: dict[str, Any], target: Tree, mesh: sharding.Mesh | None) -> T
     places = flatten(sharding.on(mesh, sharding.specs(target, mesh))) if mesh else {}
     first = SingleDeviceSharding(jax.devices()[0])
 
-    def read(path: str) -> jax.Array:
-        like = leaves[path]
-        leaf = values[path] if path in values else np.zeros(like.shape, like.dtype)
-        array = leaf.read(own.empty) if isinstance(leaf, Tensor) else np.asarray(leaf)
-        return sharding.put(array, places.get(path, first))
+    def tensor_of(path: str, like: jax.ShapeDtypeStruct) -> Tensor:
+        if path not in values:
+            return Tensor(like.shape, like.dtype, lambda _: np.zeros(like.shape, like.dtype))
+        leaf = values[path]
+        return leaf if isinstance(leaf, Tensor) else held(np.asarray(leaf))
 
+    def put(paths: list[str]) -> dict[str, jax.Array]:
+        whole = given[paths[0]].read(own.empty)
+        return {x: sharding.put(given[x].cut(whole), places.get(x, first)) for x in paths}
+
+    given = {path: tensor_of(path, like) for path, like in leaves.items()}
+    groups: dict[Any, list[str]] = {}  # the parts of one tensor of the file, which is read once
+    for path, tensor in given.items():
+        groups.setdefault(tensor.read, []).append(path)
     own = threading.local()
     begin = lambda: setattr(own, "empty", recycled())  # noqa: E731
     # Several processes must give their devices the same programs in the same order.
     readers = READERS if jax.process_count() == 1 else 1
     with ThreadPoolExecutor(readers, initializer=begin) as pool:
-        return unflatten(dict(zip(leaves, pool.map(read, leaves), strict=True)))
+        found = {
+            path: leaf for part in pool.map(put, groups.values()) for path, leaf in part.items()
+        }
+    return unflatten({path: found[path] for path in leaves})
 
 
-def verify(source: Source) -> str:
+def verify(source: Source, note: Note | None) -> str:
     """Check the values of an export against what it says of itself; returns how they are known.
 
     Raises: BadInput for weights that are neither those that were exported nor give their outputs.
     """
-    folder = Path(source.origin).parent
-    note = {} if source.format == "run" else read_json(folder / NOTE)
-    if not note:
+    if note is None:
         return "values unverified"
-    documents, pool = note.get("documents", {}), note.get("pool", "")
-    if not isinstance(documents, dict) or not isinstance(pool, str):
-        raise BadInput(f"{folder / NOTE} is damaged: documents or pool are not what tljax writes")
-    if note.get("digest") == source.digest() and all(
-        (folder / name).is_file() and digest_of(folder / name)() == known
-        for name, known in documents.items()
-    ):
+    folder = Path(source.origin).parent
+    same = note.digest == source.digest()
+    changed = [] if same else [source.origin]
+    if not (changed := changed + [str(folder / name) for name in note.changed(folder)]):
         return "values verified: the digest of the export"
     if not (folder / FIXTURE).is_file():
-        raise BadInput(f"{source.origin} is not the file that {NOTE} describes: export it again")
-    tensors, _ = open_safetensors(folder / FIXTURE)
-    fixture = {name: np.asarray(tensor) for name, tensor in tensors.items()}
-    pooling: dict[str, Any] = {"pool": pool} if pool else {}
-    try:
-        output = outputs(assemble(source, "", **pooling), fixture)
-    except TypeError as error:  # of inputs whose shapes the model does not take
-        raise BadInput(f"{folder / FIXTURE} does not fit the model: {error}") from None
-    recorded = [name for name in ("pooled", "logits") if name in fixture]
-    if not recorded:
-        raise BadInput(f"{folder / FIXTURE} records no outputs: export it again")
-    for name in recorded:
-        if name not in output or not close(output[name], fixture[name]):
-            raise BadInput(
-                f"{source.origin}: its {name} differ from those recorded in {folder / FIXTURE}\n"
-                "the weights were changed since their export: copy or export them again"
-            )
-    told = "values verified by their outputs only: the file has changed since its export"
-    warnings.warn(f"{source.origin}: {told}", stacklevel=3)  # a small change shows in none
+        raise BadInput(f"{changed[0]} is not the file that {NOTE} describes: export it again")
+    made = assemble(source, "", **note.pool)
+    check_fixture(folder / FIXTURE, changed[0], made.model, made.variables)
+    told = f"{changed[0]} has changed since its export: values verified by their outputs only"
+    warnings.warn(told, stacklevel=3)  # a small change shows in none
     return told
-
-
-def outputs(pre: Pretrained, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Run a fixture's inputs through a model, at the highest precision of products."""
-    like = example_inputs(pre.model)[0]
-    names = ("images",) if like.ndim == 4 else ("input_ids", "attention_mask", "token_type_ids")
-    given = [inputs.get(name, np.zeros(0)) for name in names]
-    if any(array.ndim != like.ndim or array.shape[-1] < 3 for array in given):
-        raise BadInput(f"a fixture of {list(inputs)} does not hold {', '.join(names)}")
-    with jax.default_matmul_precision("highest"):
-        found: Output = jax.jit(pre.model.apply)(pre.variables, *given)
-    named = {"pooled": found.pooled, "logits": found.logits}
-    return {name: np.asarray(x, np.float32) for name, x in named.items() if x is not None}
-
-
-def close(given: np.ndarray, expected: np.ndarray) -> bool:
-    """Tell whether two arrays are equal to `CLOSE` of the largest value."""
-    if given.shape != expected.shape:
-        return False
-    return bool(np.abs(given - expected).max() <= CLOSE * np.abs(expected).max())

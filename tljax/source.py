@@ -17,6 +17,7 @@ from tljax.edits.lora import merge
 from tljax.tree import flatten, join, map_with_path
 from tljax.types import BadInput, Tree
 from tljax.weights import Source, open_weights
+from tljax.weights.files import read_json
 from tljax.weights.hf import complete
 from tljax.weights.peft import base_of, class_of, graft_adapter, read_adapter
 
@@ -36,6 +37,14 @@ def read_record(workdir: str | Path) -> dict[str, Any]:
         facts = {key: record[key] for key in ("model", "config", "digest")}["model"]
         sections = facts, facts["fields"], facts["preprocess"]
         found = {key: facts[key] for key in ("name", "task", "labels", "tokenizer")}
+        for name, kinds, given in (
+            ("fields", dict, facts["fields"]),
+            ("preprocess", dict, facts["preprocess"]),
+            ("labels", list | None, found["labels"]),
+            ("tokenizer", str | None, found["tokenizer"]),
+        ):
+            if not isinstance(given, kinds):
+                raise TypeError(f"{name}={given!r}")
     except (ValueError, KeyError, TypeError) as error:
         raise BadInput(f"{path} is not the record of a run: {error!r}") from None
     for section in sections:
@@ -63,6 +72,8 @@ def open_run(workdir: str | Path) -> Source:
     facts, result = record["model"], Path(workdir) / RESULT
     if not result.is_file():
         raise BadInput(f"the run in {workdir} is not finished: go on with it first")
+    if not isinstance((scores := read_json(result)).get("test"), dict):
+        raise BadInput(f"{result} is damaged: it has no test metrics")
     tree = plain(read_tree(workdir))
     return Source(
         arch=facts["name"],
@@ -75,7 +86,7 @@ def open_run(workdir: str | Path) -> Source:
         ignored={},
         format="run",
         kind="",
-        config=record | {"result": json.loads(result.read_text(encoding="utf8"))},
+        config=record | {"result": scores},
         origin=str(workdir),
     )
 

@@ -14,8 +14,8 @@ from jaxtyping import Int32
 from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 
 from tljax.data.sources import Labels, Source
-from tljax.data.tokenizer_files import LONGEST, read_tokenizer, refusing
 from tljax.types import BadInput
+from tljax.weights.tokenizer_files import LONGEST, read_tokenizer, refusing
 
 Ids = Int32[np.ndarray, " n"]
 IdRows = Sequence[Ids] | Int32[np.ndarray, "n l"]

@@ -12,12 +12,11 @@ from jaxtyping import Float32, UInt8
 from PIL import Image
 
 from tljax.types import BadInput
+from tljax.weights.preprocess import FILTERS, IMAGENET
 
 Pixels = UInt8[np.ndarray, "h w c"]
 Picture = str | Path | bytes | Image.Image | np.ndarray
-FILTERS = {name.lower(): number for name, number in Image.Resampling.__members__.items()}
 LARGEST = 1 << 28  # pixels that a resize may ask for: a thin picture of few bytes asks for more
-IMAGENET = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}  # of bytes / 255
 
 
 def to_pil(image: Pixels) -> Image.Image:
@@ -82,7 +81,7 @@ def resize(image: Pixels, height: int, width: int, interpolation: str = "bicubic
             f"a picture of {image.shape[1]} x {image.shape[0]} pixels would be resized to"
             f" {width} x {height}: expected 1 to {LARGEST} pixels\ncrop it first"
         )
-    return to_array(to_pil(image).resize((width, height), FILTERS[interpolation]))
+    return to_array(to_pil(image).resize((width, height), FILTERS.index(interpolation)))
 
 
 def normalise(

@@ -45,12 +45,16 @@ def open_weights(
         return _open_onnx(path)
     if path.suffix == ".npz":
         return open_npz_weights(path, given)
+    if path.is_file() and path.suffix != ".safetensors":
+        raise BadInput(f"{path} is no weights file: expected .safetensors, .npz, .onnx or a folder")
     inside = path if path.is_dir() else path.parent
     if path.is_dir() and (inside / folder.ADAPTER).is_file():
         raise BadInput(f"{path} is an adapter, whose base is read first: open it by tljax.load")
     config = read_json(inside / "config.json")
     if "model_type" not in config and ("architecture" in config or path.suffix == ".safetensors"):
         return open_timm(folder.weights_files(path)[0] if path.is_dir() else path, given)
+    if not config and len(archives := sorted(inside.glob("*.npz"))) == 1:
+        return open_npz_weights(archives[0], given)
     if not config:
         names = ", ".join(sorted(file.name for file in inside.iterdir())[:8]) or "nothing"
         raise BadInput(

@@ -38,12 +38,16 @@ RECYCLED = 64 << 20  # bytes that `recycled` has; ViT-L's largest tensor has 16 
 
 @dataclass(frozen=True, eq=False)
 class Tensor:
-    """An array of a file: shape and type are known, its numbers are read when asked."""
+    """An array of a file: shape and type are known, its numbers are read when asked.
+
+    Those that are parts of one tensor of the file share `read`.
+    """
 
     shape: tuple[int, ...]
     dtype: np.dtype
     read: Callable[[Empty], np.ndarray]
     name: str = ""  # in the file, for messages
+    cut: Callable[[np.ndarray], np.ndarray] = lambda whole: whole  # what it is of what `read` gives
 
     @property
     def size(self) -> int:
@@ -52,7 +56,7 @@ class Tensor:
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         """Read it; every time anew."""
-        array = self.read(np.empty)
+        array = self.cut(self.read(np.empty))
         return array if dtype is None else array.astype(dtype, copy=False)
 
 
@@ -91,9 +95,12 @@ def read_json(path: Path) -> dict[str, Any]:
     if (size := path.stat().st_size) > MAX_JSON:
         raise BadInput(f"{path} has {size:,} bytes; no configuration needs {MAX_JSON:,}")
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError, RecursionError) as error:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
         raise BadInput(f"{path} is not a JSON object: {error}") from None
+    if not isinstance(found, dict):
+        raise BadInput(f"{path} is not a JSON object, but a {type(found).__name__}")
+    return found
 
 
 def _refuse_twice(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -106,7 +106,7 @@ CHECKS = {
     "count": _whole(0, MAX_COUNT),
     "ratio": _real("a number between 0 and 1,000", 0, 1000),
     "eps": _real("a number between 0 and 1", 0, 1),
-    "real": _real("a finite number", -math.inf, math.inf),
+    "real": _real("a number that float32 holds", -1e30, 1e30),
     "flag": Check("true or false", lambda value: type(value) is bool),
     "act": _one_of(ACTIVATIONS),
     "layer": _one_of(LAYERS),

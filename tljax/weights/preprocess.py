@@ -4,6 +4,7 @@ Between them stand the fields of `tljax.data.transforms.Preprocess`, as a plain 
 """
 
 import math
+import reprlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ from tljax.types import BadInput
 Fields = dict[str, Any]
 FILTERS = ("nearest", "lanczos", "bilinear", "bicubic", "box", "hamming")  # at Pillow's numbers
 IMAGENET: Fields = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+MAX_SIDE = 1 << 16  # pixels
 FLOOR, ROUND = "floor", "round"  # where transformers and timm put half a pixel of a margin
 PLAIN: Fields = {
     "size": None, "resize": None, "interpolation": "bicubic", "aspect": "stretch",
@@ -243,7 +245,8 @@ def _own(preprocess: Mapping[str, Any]) -> Fields:
 
 
 def _bad(origin: str, key: str, value: Any, expected: str) -> BadInput:
-    return BadInput(f"{origin}: {key or 'the processor'} is {value!r}, expected {expected}")
+    given = reprlib.repr(value)
+    return BadInput(f"{origin}: {key or 'the processor'} is {given}, expected {expected}")
 
 
 def _named(sides: tuple[int, int]) -> dict[str, int]:
@@ -258,8 +261,8 @@ def _flag(given: Mapping[str, Any], key: str, default: bool, origin: str) -> boo
 
 
 def _side(value: Any, key: str, origin: str) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise _bad(origin, key, value, "whole numbers of pixels, from 1")
+    if type(value) is not int or not 1 <= value <= MAX_SIDE:
+        raise _bad(origin, key, value, f"whole numbers of pixels, from 1 to {MAX_SIDE:,}")
     return value
 
 
@@ -280,14 +283,18 @@ def _size(value: Any, key: str, origin: str, square: bool) -> int | tuple[int, i
 
 
 def _positive(value: Any, key: str, origin: str) -> float:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not number or not 0 < value < math.inf:
+    if not _is_real(value) or value <= 0:
         raise _bad(origin, key, value, "a positive number")
     return value
 
 
 def _three(value: Any, key: str, origin: str) -> tuple[float, ...]:
     values = tuple(value) if isinstance(value, list | tuple) else (value,) * 3
-    if len(values) != 3 or not all(isinstance(x, int | float) and math.isfinite(x) for x in values):
+    if len(values) != 3 or not all(map(_is_real, values)):
         raise _bad(origin, key, value, "three numbers, of red, green and blue")
     return values
+
+
+def _is_real(value: Any) -> bool:
+    """Tell whether it is a number, and one that float32 holds: JSON's may have any size."""
+    return type(value) in (int, float) and abs(value) < 1e30

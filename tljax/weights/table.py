@@ -13,7 +13,6 @@ A row with {k}, {n} or {c} repeats for every convolution of a block: {k} counts 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import product
 from math import isqrt
 from pathlib import Path
@@ -192,12 +191,16 @@ def to_tljax(
     ignored = {name: reason for name, reason in reasons.items() if reason}
     present = _account(origin, state.keys() - ignored.keys(), leaves, "foreign")
     count = _sharing(present)
-    tree = {}
+    tree: dict[str, Tensor] = {}
+    reads: dict[str, Callable[[Empty], np.ndarray]] = {}
     for leaf in present:
         lengths = {"n": count[leaf.foreign]} if leaf.part is not None else {}
         if heads is not None and "heads" in (leaf.pattern or ""):
             lengths["heads"] = heads
-        tree[leaf.ours] = _laid_out(state[leaf.foreign], leaf, lengths, origin)
+        tensor, where = state[leaf.foreign], f"{origin}: tensor {leaf.foreign}"
+        if leaf.foreign not in reads:
+            reads[leaf.foreign] = _checked(tensor, where)
+        tree[leaf.ours] = _laid_out(tensor, leaf, lengths, reads[leaf.foreign], where)
     return unflatten(tree), ignored
 
 
@@ -251,36 +254,41 @@ def all_finite(array: np.ndarray) -> bool:
         return bool(np.isfinite(array.sum()) or np.isfinite(array).all())
 
 
-@lru_cache(1)
-def _last_read(tensor: Tensor) -> np.ndarray:
-    """Read a tensor that several leaves share once, when they are read in order."""
-    return tensor.read(np.empty)
-
-
-def _laid_out(tensor: Tensor, leaf: Leaf, lengths: Mapping[str, int], origin: str) -> Tensor:
-    """View a foreign tensor, or a part of it, in our layout; checks what its header tells."""
-    where = f"{origin}: tensor {leaf.foreign}"
+def _checked(tensor: Tensor, where: str) -> Callable[[Empty], np.ndarray]:
+    """Return what reads a tensor in float32; raises BadInput if it is not finite."""
     if not jnp.issubdtype(tensor.dtype, jnp.floating):
         raise BadInput(f"{where} holds {tensor.dtype}, expected floating point")
 
-    def arrange(array: np.ndarray) -> np.ndarray:
+    def read(empty: Empty) -> np.ndarray:
+        array = tensor.read(empty)
+        if not all_finite(array):
+            raise BadInput(f"{where} holds NaN or infinity: the file is damaged")
+        return array.astype(np.float32, copy=False)
+
+    return read
+
+
+def _laid_out(
+    tensor: Tensor,
+    leaf: Leaf,
+    lengths: Mapping[str, int],
+    read: Callable[[Empty], np.ndarray],
+    where: str,
+) -> Tensor:
+    """View a foreign tensor, or a part of it, in our layout; checks what its header tells."""
+
+    def cut(array: np.ndarray) -> np.ndarray:
         if leaf.pattern is None:
             return array
         stacked = rearrange(array, leaf.pattern, **lengths)
         return stacked if leaf.part is None else stacked[leaf.part]
 
-    def read(empty: Empty) -> np.ndarray:
-        array = tensor.read(empty) if leaf.part is None else _last_read(tensor)
-        if not all_finite(array):
-            raise BadInput(f"{where} holds NaN or infinity: the file is damaged")
-        return arrange(array.astype(np.float32, copy=False))
-
     try:  # on one number that pretends to have the shape
-        shape = arrange(np.broadcast_to(np.float32(0), tensor.shape)).shape
+        shape = cut(np.broadcast_to(np.float32(0), tensor.shape)).shape
     except EinopsError:
         wanted = leaf.pattern.split(" -> ")[0]
         raise BadInput(f"{where} has shape {tensor.shape}, expected axes {wanted}") from None
-    return Tensor(shape, tensor.dtype, read, leaf.foreign)
+    return Tensor(shape, tensor.dtype, read, leaf.foreign, cut)
 
 
 def _account(origin: str, given: Any, leaves: tuple[Leaf, ...], side: str) -> list[Leaf]:

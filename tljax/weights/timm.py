@@ -300,6 +300,9 @@ def _vit_details(state: Tensors, told: Facts, config: Config, origin: str) -> tu
     if "embed_dim" in arguments and "num_heads" not in arguments:
         raise BadInput(f"{config.origin}: model_args has embed_dim without num_heads: add it")
     if "num_heads" in arguments:
+        if type(arguments["num_heads"]) is not int:
+            given = arguments["num_heads"]
+            raise BadInput(f"{config.origin}: num_heads is {given!r}, expected a whole number")
         facts["heads"] = arguments["num_heads"]
     if "act_layer" in arguments:
         facts["activation"] = arguments["act_layer"]
@@ -415,6 +418,8 @@ def _read_labels(config: Config) -> tuple[str, ...] | None:
     try:
         if isinstance(names, dict):
             names = [names[key] for key in sorted(names, key=int)]
+        if not isinstance(names, list | None):
+            raise TypeError(f"{names!r} is no list")
         return tuple(map(str, names)) if names else None
     except (TypeError, ValueError) as error:
         raise BadInput(f"{config.origin}: no usable label_names: {error}") from None

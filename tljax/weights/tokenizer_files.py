@@ -4,7 +4,6 @@ These files are a stranger's: their size is capped, and whatever the Rust librar
 a BadInput.
 """
 
-import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +13,7 @@ import tokenizers
 from tokenizers import AddedToken, Regex, models, normalizers, pre_tokenizers, processors
 
 from tljax.types import BadInput
+from tljax.weights.files import read_json
 
 LARGEST = 64 << 20  # bytes of a file; the largest vocabularies of this kind take a quarter of it
 LONGEST = 1 << 20  # tokens; a larger model_max_length is how transformers says that there is none
@@ -45,8 +45,8 @@ def read_tokenizer(path: Path) -> Files:
     Raises: BadInput for files that are not there, too large or damaged, or of another kind.
     """
     folder, file = (path, path / "tokenizer.json") if path.is_dir() else (path.parent, path)
-    config = _read_json(folder / "tokenizer_config.json")
-    config |= _read_json(folder / "special_tokens_map.json")
+    config = read_json(folder / "tokenizer_config.json")
+    config |= read_json(folder / "special_tokens_map.json")
     for side in ("padding_side", "truncation_side"):
         if config.get(side, "right") != "right":
             raise BadInput(f"{folder}: {side} is {config[side]!r}, tljax has 'right' only")
@@ -82,15 +82,6 @@ def _read_text(path: Path) -> str:
         raise BadInput(f"{path} is not text in UTF-8: {error}") from None
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads(_read_text(path))) if path.is_file() else {}
-    except (ValueError, TypeError, RecursionError) as error:
-        if isinstance(error, BadInput):
-            raise
-        raise BadInput(f"{path} is not a JSON object: {error}") from None
-
-
 def _token(entry: Any, origin: Path) -> AddedToken | None:
     """Read a special token: its text, or its text with the spaces it takes along."""
     if entry is None:
@@ -99,7 +90,8 @@ def _token(entry: Any, origin: Path) -> AddedToken | None:
     if not isinstance(fields.get("content"), str):
         raise BadInput(f"{origin}: {entry!r} is no token, expected a text or its 'content'")
     flags = {key: fields.get(key) is True for key in ("lstrip", "rstrip", "single_word")}
-    return AddedToken(fields["content"], normalized=False, special=True, **flags)
+    with refusing(f"{origin}: the token {fields['content']!r}"):
+        return AddedToken(fields["content"], normalized=False, special=True, **flags)
 
 
 class Kind(NamedTuple):
@@ -223,7 +215,7 @@ def _add_tokens(inner: tokenizers.Tokenizer, config: Mapping[str, Any], folder: 
     Raises: BadInput where one would get another id than it has there.
     """
     listed = config.get("added_tokens_decoder") or {}
-    old = _read_json(folder / "added_tokens.json")
+    old = read_json(folder / "added_tokens.json")
     for number, entry in sorted(listed.items(), key=lambda item: int(item[0])):
         token = _token(entry, folder)
         if entry.get("special") is True:
