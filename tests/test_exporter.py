@@ -222,7 +222,7 @@ def test_variables_of_another_model_are_refused(tmp_path):
         with pytest.raises(BadInput, match=word):
             export(replace(pre, variables=variables), tmp_path / "new")
     large = unflatten(leaves | {"params/head/bias": np.full(3, 1e6, np.float32)})
-    with pytest.raises(BadInput, match="params/head/bias.*float16"):
+    with pytest.raises(BadInput, match=r"params/head/bias.*float16"):
         export(replace(pre, variables=large), tmp_path / "new", dtype="float16")
     assert not list(tmp_path.iterdir())
 

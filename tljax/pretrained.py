@@ -132,9 +132,9 @@ def assemble(
         raise BadInput(
             f"a {source.arch} has no field {odd[0]!r}; it has {', '.join(sorted(known))}"
         )
-    if not jnp.issubdtype(chosen.get("dtype", np.float32), jnp.floating):
-        raise BadInput(f"dtype={chosen['dtype']!r}: expected float32, bfloat16 or float16")
     try:
+        if not jnp.issubdtype(jnp.dtype(chosen.get("dtype", "float32")), jnp.floating):
+            raise BadInput(f"dtype={chosen['dtype']!r}: expected float32, bfloat16 or float16")
         if source.arch == "vit" and image_size is not None:
             chosen["grid"] = grid_of(image_size, chosen["patch"])
             tree, adapted = regrid(tree, source.fields, chosen)
