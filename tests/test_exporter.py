@@ -295,5 +295,17 @@ def test_a_run_is_exported_with_its_own_facts(tmp_path, capsys):
     ):
         assert fact in card, f"{fact!r} is not in\n{card}"
     assert json.loads((out / NOTE).read_text())["digest"]
+    for name, how in (
+        ("result.json", lambda text: text[:9]),
+        ("result.json", lambda _: "{}"),
+        ("run.json", lambda text: text.replace('"name": "vit"', '"name": "wit"')),
+        ("run.json", lambda text: text.replace('"fields": {', '"fields": [], "was": {')),
+    ):
+        text = (tmp_path / "run" / name).read_text()
+        assert how(text) != text
+        (tmp_path / "run" / name).write_text(how(text))
+        with pytest.raises(BadInput, match=str(tmp_path / "run")):
+            tljax.load(tmp_path / "run")
+        (tmp_path / "run" / name).write_text(text)
     pre = tljax.load(out)
     assert pre.labels == tuple("0123456789") and "verified" in pre.verified

@@ -282,6 +282,28 @@ def test_arguments_that_make_no_sense_are_refused(folder, options, message):
         tljax.load(folder, **options)
 
 
+HUGE = 10**400  # JSON's numbers may have any size
+
+
+@pytest.mark.parametrize(
+    ("document", "change"),
+    [
+        ("config.json", {"patch_size": 2**20, "image_size": 2**20}),
+        ("config.json", {"layer_norm_eps": HUGE}),
+        ("preprocessor_config.json", {"image_mean": HUGE}),
+        ("preprocessor_config.json", {"image_std": [0.5, HUGE, 0.5]}),
+        ("preprocessor_config.json", {"rescale_factor": HUGE}),
+        ("preprocessor_config.json", {"size": HUGE}),
+        ("preprocessor_config.json", {"resample": HUGE}),
+    ],
+)
+def test_numbers_that_nothing_could_hold_are_refused(folder, document, change):
+    (folder / NOTE).unlink()
+    rewrite(folder / document, lambda content: content.update(change))
+    with pytest.raises(BadInput, match=next(iter(change)).partition("_")[0]):
+        tljax.load(folder)
+
+
 @pytest.mark.parametrize("source", ["", 5, None, "x" * 5000, "a/" + "x" * 300])
 def test_names_that_are_none_are_refused(source):
     with pytest.raises(BadInput):

@@ -278,7 +278,7 @@ def mutations() -> dict[str, str]:
     outside = {"type": "BertProcessing", "sep": ["[SEP]", 9999], "cls": ["[CLS]", 2]}
     changes = {
         "panic on reading": {"normalizer": charsmap},
-        "panic on encoding": {"post_processor": template},
+        "a template of unknown tokens": {"post_processor": template},
         "an id that is not there": {"post_processor": outside},
         "a broken pattern": {"pre_tokenizer": pattern},
         "another model": {"model": {"type": "Magic", "vocab": {}}},

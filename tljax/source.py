@@ -14,6 +14,8 @@ import numpy as np
 
 from tljax.checkpoint import digest_of, read_tree
 from tljax.edits.lora import merge
+from tljax.layers import choose
+from tljax.models import MODELS
 from tljax.tree import flatten, join, map_with_path
 from tljax.types import BadInput, Tree
 from tljax.weights import Source, open_weights
@@ -38,6 +40,7 @@ def read_record(workdir: str | Path) -> dict[str, Any]:
         sections = facts, facts["fields"], facts["preprocess"]
         found = {key: facts[key] for key in ("name", "task", "labels", "tokenizer")}
         for name, kinds, given in (
+            ("name", str, found["name"]),
             ("fields", dict, facts["fields"]),
             ("preprocess", dict, facts["preprocess"]),
             ("labels", list | None, found["labels"]),
@@ -75,6 +78,7 @@ def open_run(workdir: str | Path) -> Source:
     if not isinstance((scores := read_json(result)).get("test"), dict):
         raise BadInput(f"{result} is damaged: it has no test metrics")
     tree = plain(read_tree(workdir))
+    choose(MODELS, facts["name"], f"{workdir}: model.name")
     return Source(
         arch=facts["name"],
         fields=facts["fields"],

@@ -4,6 +4,7 @@ These files are a stranger's: their size is capped, and whatever the Rust librar
 a BadInput.
 """
 
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,6 +55,7 @@ def read_tokenizer(path: Path) -> Files:
         text = _read_text(file)
         with refusing(f"{file} cannot be read as a tokenizer"):
             inner = tokenizers.Tokenizer.from_str(text)
+        _check_template(inner, file)
     elif path.is_dir():
         inner, config = _build(folder, config)
     else:
@@ -71,6 +73,17 @@ def read_tokenizer(path: Path) -> Files:
     sensible = isinstance(longest, int) and 0 < longest <= LONGEST
     names = {role: token.content for role, token in tokens.items()}
     return Files(inner, names, longest if sensible else None)
+
+
+def _check_template(inner: tokenizers.Tokenizer, file: Path) -> None:
+    """Raise BadInput for a template of unknown tokens: the library would panic, and print so."""
+    post = json.loads(inner.post_processor.__getstate__()) if inner.post_processor else {}
+    for step in post.get("processors", [post]):
+        items = [item for part in ("single", "pair") for item in step.get(part) or ()]
+        used = {item["SpecialToken"]["id"] for item in items if "SpecialToken" in item}
+        if lacking := sorted(used - {*(step.get("special_tokens") or ())}):
+            why = f"its template has {lacking[0]!r}, its special_tokens have not"
+            raise BadInput(f"{file} cannot be read as a tokenizer: {why}")
 
 
 def _read_text(path: Path) -> str:
