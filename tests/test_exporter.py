@@ -228,8 +228,10 @@ def test_variables_of_another_model_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_a_lora_in_half_precision_keeps_its_scale_and_the_base(tmp_path, dtype):
-    source = replace(made("vit", LABELS), preprocess=None)
+@pytest.mark.parametrize("arch", ["vit", "roberta"])
+def test_a_lora_in_half_precision_keeps_its_scale_and_the_base(tmp_path, arch, dtype):
+    form = {"pad": 1, "types": 1, "pool": "pooler"} if arch == "roberta" else {}
+    source = made("bert" if form else "vit", LABELS, **form)
     base = export(assemble(source, ""), tmp_path / "base")
     lora = Graft(("params/blocks/0/attention/query",), 3, 4.0, 0.1)
     pre = assemble(replace(source, tree=lora(source.tree, jax.random.key(0))), "")

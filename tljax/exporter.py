@@ -18,7 +18,7 @@ from tljax.edits.load import match
 from tljax.edits.lora import merge as fold
 from tljax.layers import choose
 from tljax.models import MODELS
-from tljax.pretrained import HEADS, IMAGES, Pretrained, load, target_of
+from tljax.pretrained import IMAGES, Pretrained, load, target_of
 from tljax.proof import FIXTURE, NOTE, differing, fixture_inputs, outputs
 from tljax.source import ADAPTER, open_source
 from tljax.tree import flatten, map_with_path, unflatten
@@ -91,7 +91,7 @@ def export(
         facts = pre.record | {"notes": [*notes, *written.notes]}
         text = make_card(folder.name, to, parameters, facts, **written.use)
         write_text(place / "README.md", text)
-        prove(replace(pre, variables=tree), place, written)
+        prove(replace(pre, variables=tree), place, written, kind)
     for note in facts["notes"]:
         print(note)
     return folder
@@ -143,25 +143,21 @@ def prepare(pre: Pretrained, to: str, merge: bool, kind: Any) -> tuple[Tree, lis
     if merge and not grafted:
         raise BadInput("there is no LoRA to fold: leave --merge out")
     tree = fold(pre.variables) if merge else pre.variables
-    rounded = map_with_path(lambda path, x: rounded_leaf(path, x, to, kind), tree)
-    return rounded, fold_errors(pre.variables, tree, rounded, np.dtype(kind).name) if merge else []
+    if to == "peft":  # its base stays as it is
+        return tree, []
+    cast = map_with_path(lambda path, x: rounded(path, x, kind), tree)
+    return cast, fold_errors(pre.variables, tree, cast, np.dtype(kind).name) if merge else []
 
 
-def rounded_leaf(path: str, leaf: Any, to: str, kind: Any) -> np.ndarray:
-    """Round a leaf as the file will; of an adapter's model only what goes into the file.
-
-    Raises: BadInput if a number becomes infinite.
-    """
+def rounded(path: str, leaf: Any, kind: Any) -> np.ndarray:
+    """Round a leaf as the file will; raises BadInput if a number becomes infinite."""
     array = np.asarray(leaf, np.float32)
-    inside = path.endswith(("/lora/a", "/lora/b", "/lora/magnitude"))
-    if to == "peft" and not inside and (path.split("/")[1] not in HEADS or "/lora/" in path):
-        return array
     with np.errstate(over="ignore"):
-        rounded = array.astype(kind).astype(np.float32)
-    if not all_finite(rounded):
+        cast = array.astype(kind).astype(np.float32)
+    if not all_finite(cast):
         largest = np.abs(array).max()
         raise BadInput(f"{path} holds {largest:.3g}: more than {np.dtype(kind).name} can")
-    return rounded
+    return cast
 
 
 def fold_errors(before: Tree, exact: Tree, rounded: Tree, name: str) -> list[str]:
@@ -213,14 +209,21 @@ def write_weights(path: Path, tensors: Mapping[str, np.ndarray], kind: Any) -> N
         path.chmod(path.parent.stat().st_mode & 0o666)  # the library lets nobody else read it
 
 
-def prove(pre: Pretrained, place: Path, written: Written) -> None:
+def prove(pre: Pretrained, place: Path, written: Written, kind: Any) -> None:
     """Write inputs with their outputs beside the weights, and compare what the folder gives.
 
     Raises: BadInput if the folder, opened again, gives something else.
     """
     inputs = fixture_inputs(pre.model)
     again = load(place / written.weights, tower=tower_of(pre))
-    expected = outputs(pre.model.clone(dtype=again.model.dtype), pre.variables, inputs)
+    read = flatten(again.variables)
+
+    def as_written(path: str, leaf: Any) -> np.ndarray:  # an adapter's base is not rounded
+        cast = rounded(path, leaf, kind)
+        return cast if path in read and np.array_equal(read[path], cast) else leaf
+
+    variables = map_with_path(as_written, pre.variables)
+    expected = outputs(pre.model.clone(dtype=again.model.dtype), variables, inputs)
     safetensors.numpy.save_file(inputs | expected, place / FIXTURE)
     if name := differing(outputs(again.model, again.variables, inputs), expected):
         base = written.use.get("base")
