@@ -342,6 +342,7 @@ def test_damaged_tensors_are_refused(saved, tmp_path, case, change, expected):
         ({"model_args": {"img_size": "32"}}, "whole numbers"),
         ({"model_args": {"img_size": 3.5}}, "whole numbers"),
         ({"model_args": {"num_heads": "2"}}, "heads='2' do not divide"),
+        ({"model_args": {"num_heads": True}}, "heads=True do not divide"),
         ({"model_args": {"num_heads": 3}}, "heads=3 do not divide"),
         ({"global_pool": ["avg"]}, "global_pool="),
         (
