@@ -428,6 +428,7 @@ def test_a_run_describes_itself(run, config):
     assert (run / "tables.txt").read_text().strip() in out
 
 
+@pytest.mark.slow
 def test_the_demo_goes_on_with_what_is_there(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("TLJAX_ASSETS", str(tmp_path / "none"))
     assert main(["demo", "--fast", f"--out={tmp_path}"]) == 0

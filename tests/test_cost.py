@@ -42,6 +42,7 @@ def assert_clipping_is_free(model, rank):
         assert clipped == pytest.approx(unclipped, rel=0.01), name
 
 
+@pytest.mark.slow
 def test_a_narrow_vit_is_at_the_floor_with_clipping_on():
     # Rank 2 of width 96 is rank 8 of width 384; the last 2 of 6 blocks: (1 + 4/6) / 3 = 0.556.
     assert_at_the_floor(NARROW, 2, 0.59)
