@@ -22,7 +22,7 @@ from tljax.models.resnet import ResNet
 from tljax.models.vit import ViT
 from tljax.state import apply_edits, assign_roles, make_birth
 from tljax.step import make_step
-from tljax.strategies import STRATEGIES
+from tljax.strategies import STRATEGIES, make
 from tljax.tree import split
 from tljax.types import BadInput
 
@@ -52,7 +52,7 @@ def compile_step(model: Any, batch: Any, word: str, clip: float | None) -> tuple
     """Return the compiled step on one device, and its abstract (state, frozen)."""
     key, mesh = jax.random.key(0), sharding.make_mesh()
     init = partial(init_model, model, batch)
-    strategy = STRATEGIES[word](jax.eval_shape(init, key), (), model.read)
+    strategy = make(jax.eval_shape(init, key), model.read, [(word, {})])
     tree = jax.eval_shape(lambda key: apply_edits(strategy.edits, init(key), key), key)
     objective = sharding.under(mesh, objectives.make_objective("classify", model))
     roles = assign_roles(tree, (), strategy.roles, objective, batch, key).tree

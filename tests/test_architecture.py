@@ -16,7 +16,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # From the bottom up; a module imports only what stands on lower lines, and its own folder.
 ORDER = [
     {"types"},
-    {"tree"},
+    {"tree", "quantized"},
+    {"ports"},
     {"card", "config", "layers", "optim", "sharding", "state"},
     {"edits", "models", "step"},
     {"weights"},
@@ -136,14 +137,14 @@ def test_step_and_state_know_only_trees(name):
 
 @pytest.mark.parametrize("path", sorted((PACKAGE / "models").glob("*.py")), ids=by_path)
 def test_models_know_layers_and_never_each_other(path):
-    assert own_imports(path) <= {"layers", "types"}
+    assert own_imports(path) <= {"layers", "ports", "types"}
     table = path.name == "__init__.py"  # the names of the models: it alone knows all of them
     assert table or not any(name.startswith("tljax.models") for name in imports(path))
 
 
 def test_edits_know_no_model_and_config_knows_no_machinery():
     for path in (PACKAGE / "edits").glob("*.py"):
-        assert own_imports(path) <= {"tree", "types"}, by_path(path)
+        assert own_imports(path) <= {"ports", "quantized", "tree", "types"}, by_path(path)
     assert own_imports(PACKAGE / "config.py") <= {"tree", "types"}
 
 
@@ -209,7 +210,7 @@ def test_the_package_fits_in_a_head():
     What explains them is not what one would want less of.
     """
     core = [path for path in FILES if place(path) != "weights"]
-    assert sum(lines_of_code(path) for path in core) < 5000
+    assert sum(lines_of_code(path) for path in core) < 7000
     assert max(lines_of_code(path) for path in FILES) < 500
 
 

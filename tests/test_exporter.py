@@ -15,7 +15,7 @@ from test_pretrained import made
 
 import tljax
 from tljax.__main__ import main
-from tljax.edits.lora import Graft
+from tljax.edits.lora import Graft, Target
 from tljax.exporter import export
 from tljax.pretrained import assemble
 from tljax.proof import FIXTURE, NOTE
@@ -29,7 +29,9 @@ MASK = (np.arange(10) < [[10], [7]]).astype(np.int32)
 
 def grafted(source, *targets, rank=2):
     """Add LoRA factors that are not zero to a source."""
-    tree = Graft(targets, rank, 6.0, 0.0)(source.tree, jax.random.key(0))
+    tree = Graft(tuple(Target(path, rank, 6 / rank) for path in targets))(
+        source.tree, jax.random.key(0)
+    )
     rng = np.random.default_rng(2)
 
     def draw(path, leaf):
@@ -233,7 +235,7 @@ def test_a_lora_in_half_precision_keeps_its_scale_and_the_base(tmp_path, arch, d
     form = {"pad": 1, "types": 1, "pool": "pooler"} if arch == "roberta" else {}
     source = made("bert" if form else "vit", LABELS, **form)
     base = export(assemble(source, ""), tmp_path / "base")
-    lora = Graft(("params/blocks/0/attention/query",), 3, 4.0, 0.1)
+    lora = Graft((Target("params/blocks/0/attention/query", 3, 4 / 3),), 0.1)
     pre = assemble(replace(source, tree=lora(source.tree, jax.random.key(0))), "")
     out = export(pre, tmp_path / "lora", to="peft", dtype=dtype, base=str(base))
     config = json.loads((out / "adapter_config.json").read_text())

@@ -7,7 +7,9 @@ import optax
 import pytest
 from tiny import BERT, VIT, abstract_tree, assemble, image_batch, random_tree, text_batch
 
-from tljax.edits.lora import Graft, merge, targets_of
+from tljax.edits.fold import merge
+from tljax.edits.lora import SERVES, Graft, Target
+from tljax.edits.targets import targets_of
 from tljax.layers import Dense
 from tljax.objectives import inputs_of
 from tljax.tree import flatten, map_with_path
@@ -19,7 +21,8 @@ IDS = ["vit", "bert"]
 
 
 def grafted(tree, globs=("params/**/query", "params/**/value"), rank=4, alpha=8.0, rate=0.0):
-    return Graft(tuple(targets_of(tree, globs)), rank, alpha, rate)(tree, KEY)
+    paths = targets_of(tree, globs, "LoRA", ("dense",))
+    return Graft(tuple(Target(path, rank, alpha / rank) for path in paths), rate)(tree, KEY)
 
 
 def logits_of(model, batch):
@@ -184,16 +187,20 @@ def test_dropout_acts_in_training_alone():
 
 
 def test_a_rank_above_the_kernel_raises():
-    with pytest.raises(BadInput, match="rank 33 exceeds the smaller side of a 32 x 32 kernel"):
+    with pytest.raises(
+        BadInput, match="rank 33 exceeds the smaller side of a 32 x 32 kernel at params/blocks/0"
+    ):
         assemble(VIT, image_batch(), "lora", options={"rank": 33})
 
 
 def test_a_dead_target_raises_with_the_nearest_layer():
-    with pytest.raises(BadInput, match=r"\*\*/querry' names no dense layer; nearest: .*/query"):
-        targets_of(abstract_tree(VIT, image_batch()), ("params/**/querry",))
+    with pytest.raises(
+        BadInput, match=r"\*\*/querry' names no dense, conv and embed layer; nearest: .*/query"
+    ):
+        targets_of(abstract_tree(VIT, image_batch()), ("params/**/querry",), "LoRA", SERVES)
 
 
 def test_targets_are_dense_layers_only():
-    found = targets_of(abstract_tree(VIT, image_batch()), ("params/**",))
+    found = targets_of(abstract_tree(VIT, image_batch()), ("params/**",), "LoRA", ("dense",))
     assert "params/embed/patch" not in found and "params/blocks/0/norm1" not in found
     assert "params/head" in found and len(found) == 4 * 6 + 1

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from tljax.edits.lora import merge
+from tljax.edits.fold import merge
 from tljax.models.bert import Bert
 from tljax.models.clip import ClipText
 from tljax.models.vit import ViT

@@ -15,7 +15,7 @@ from tljax.models.resnet import ResNet
 from tljax.models.vit import ViT
 from tljax.state import Roles, State, apply_edits, assign_roles, make_birth
 from tljax.step import make_step
-from tljax.strategies import STRATEGIES
+from tljax.strategies import make
 from tljax.tree import map_with_path, split
 
 VIT = ViT(width=32, depth=4, heads=2, mlp=64, patch=4, grid=(2, 2), layer_scale=0.5, num_classes=3)
@@ -84,7 +84,7 @@ def abstract_tree(model: Any, batch: Any) -> Any:
 def assemble(
     model: Any,
     batch: Any,
-    word: str,
+    chosen: Any,
     *,
     task: str = "classify",
     mesh: sharding.Mesh | None = None,
@@ -98,22 +98,23 @@ def assemble(
 ) -> Run:
     key, mesh = jax.random.key(0), mesh or one_device()
     init = partial(init_model, model, batch)
-    strategy = STRATEGIES[word](jax.eval_shape(init, key), source, model.read, **(options or {}))
-    tree = jax.eval_shape(lambda key: apply_edits(strategy.edits, init(key), key), key)
-    objective = objectives.add(objectives.make_objective(task, model), *extra)
+    chosen = [(chosen, options or {})] if isinstance(chosen, str) else chosen
+    strategy = make(jax.eval_shape(init, key), model.read, chosen)
+    edits = (*source, *strategy.edits) if strategy.loads else strategy.edits
+    tree = jax.eval_shape(lambda key: apply_edits(edits, init(key), key), key)
+    objective = objectives.make_objective(task, model)
+    objective = objectives.add(objective, *strategy.terms, *extra)
     objective = sharding.under(mesh, objective) if ambient else objective
     roles = assign_roles(tree, user, strategy.roles, objective, batch, key)
     settings = {"name": "adamw", "lr": 1e-3, "steps": 10, "clip": 1.0, "decay": 0.05}
     tx = optim.make_tx(split(tree, roles.tree).train, **(settings | optimizer))
     birth = make_birth(init, roles.tree, tx, jnp.float32)
-    abstract = jax.eval_shape(birth, strategy.edits, key)
+    abstract = jax.eval_shape(birth, edits, key)
     specs = sharding.specs(tree, mesh)
     shardings = make_shardings(mesh, specs, roles.tree, tx, abstract[0])
     born = jax.jit(birth, out_shardings=(shardings.state, shardings.frozen))
     step = make_step(objective, tx, 0, shardings, microbatches)
-    return Run(
-        roles, specs, shardings, partial(born, strategy.edits), abstract, step, objective, tree
-    )
+    return Run(roles, specs, shardings, partial(born, edits), abstract, step, objective, tree)
 
 
 def compiled(run: Run, batch: Any) -> Any:

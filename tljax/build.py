@@ -28,12 +28,12 @@ from tljax.models import MODELS, ViT
 from tljax.source import merged, open_source
 from tljax.state import Roles, State, apply_edits, assign_roles, make_birth, optimizer_specs
 from tljax.step import Shardings, make_step
-from tljax.strategies import STRATEGIES, Average, Strategy
+from tljax.strategies import STRATEGIES, Average, make
 from tljax.tree import flatten, map_with_path, nearest, split
 from tljax.types import BadInput, Edit, Key, Rules, Tree
 from tljax.weights import Source
 
-DECIDED = {"parent", "name", "dtype", "num_classes", "mlm", "tokens", "tree", "source", "last_read"}
+DECIDED = {"parent", "name", "dtype", "num_classes", "mlm", "tokens", "tree", "last_read"}
 """Arguments that the data, the task or the build decide: no option of a config."""
 CHANCES = {"dropout", "drop_path"}
 CLASSES = ("head", "head_dist")
@@ -45,7 +45,7 @@ MAY_BE_ZERO = {"registers", "types", "pad", "eot"}
 
 def check_options(function: Callable[..., Any], options: Mapping[str, Any], where: str) -> None:
     """Check option names and types against a signature; raises BadInput for what does not fit."""
-    hints = typing.get_type_hints(function)
+    hints = typing.get_type_hints(function, include_extras=True)
     known = [name for name in inspect.signature(function).parameters if name not in DECIDED]
     strict = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
     for name, value in options.items():
@@ -86,9 +86,16 @@ def read_config(place: str, overrides: Mapping[str, str]) -> Config:
         *parents, name = dotted.split(".")
         section = values
         for parent in parents:
-            section = section.setdefault(parent, {})
-            if not isinstance(section, dict):
-                raise BadInput(f"config key {dotted}: {parent} is a value, not a section")
+            if (
+                isinstance(section, list | tuple)
+                and parent.isdigit()
+                and int(parent) < len(section)
+            ):
+                section = section[int(parent)]
+            elif isinstance(section, dict):
+                section = section.setdefault(parent, {})
+        if not isinstance(section, dict):
+            raise BadInput(f"config key {dotted}: {parents[-1]} is a value, not a section")
         section[name] = literal(text)
     return parse(values)
 
@@ -242,7 +249,7 @@ def build(config: Config, parts: tuple[Source | None, Pipeline] | None = None) -
     """Decide and check everything a run needs; raises BadInput before anything is compiled."""
     mesh = sharding.make_mesh(**config.mesh.model_dump())
     sharding.check_batch(config.run.batch, mesh, config.run.microbatches)
-    choose(STRATEGIES, config.strategy.name, "strategy.name")
+    check_strategies(config)
     source, pipeline = parts or open_parts(config)
     task = pipeline.task
     model, facts = make_model(config, source, pipeline)
@@ -255,15 +262,16 @@ def build(config: Config, parts: tuple[Source | None, Pipeline] | None = None) -
     if source:
         adapted = adaptations(model, config.data.image_size)
         source_edits, report = load_edit(source, tree, pipeline.labels, adapted)
-    strategy = make_strategy(config, tree, source_edits, getattr(model, "read", None))
-    loads = any(edit is other for edit in strategy.edits for other in source_edits)
-    tree = jax.eval_shape(partial(apply_edits, strategy.edits), tree, key)
+    chosen = [(part.name, part.options()) for part in config.strategy]
+    strategy = make(tree, getattr(model, "read", None), chosen)
+    loads = bool(source) and strategy.loads
+    edits = (*source_edits, *strategy.edits) if loads else strategy.edits
+    tree = jax.eval_shape(partial(apply_edits, edits), tree, key)
     objective = objectives.add(objectives.make_objective(task, model), *strategy.terms)
     objective = sharding.under(mesh, objective)
     roles = assign_roles(tree, config.roles, strategy.roles, objective, batch, key)
     if loads:
         require_no_random_freeze(report, roles)
-    edits = strategy.edits
     if config.run.ema:
         average = Average(tuple(p for p, role in flatten(roles.tree).items() if role == "train"))
         edits, tree = (*edits, average), average(tree, key)
@@ -311,13 +319,11 @@ def init_model(model: nn.Module, batch: Any, key: jax.Array) -> Tree:
     return model.init(key, *like)
 
 
-def make_strategy(
-    config: Config, tree: Tree, source: tuple[Edit, ...], read: str | None
-) -> Strategy:
-    """Apply the strategy's name and options to the tree."""
-    function = STRATEGIES[config.strategy.name]
-    check_options(function, config.strategy.options(), f"strategy {config.strategy.name}")
-    return function(tree, source, read, **config.strategy.options())
+def check_strategies(config: Config) -> None:
+    """Check the names of strategies, and their options against their functions."""
+    for part in config.strategy:
+        function = choose(STRATEGIES, part.name, "strategy.name")
+        check_options(function, part.options(), f"strategy {part.name}")
 
 
 def make_shardings(

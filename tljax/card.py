@@ -59,10 +59,11 @@ def _training(run: Mapping[str, Any]) -> str:
     """Say how it was trained, and how to do it again."""
     config = run["config"]
     data, labels = config["data"], config["data"]["labels"]
+    strategy = " + ".join(part["name"] for part in config["strategy"])
     lines = [
         "## Training\n",
         f"- data: {data['name']}, {'all' if labels is None else labels} labels",
-        f"- strategy: {config['strategy']['name']}, from {config['weights'] or 'scratch'}",
+        f"- strategy: {strategy}, from {config['weights'] or 'scratch'}",
         f"- {config['run']['steps']} steps of {config['run']['batch']} examples, seed "
         f"{config['seed']}, on {run['device']}",
         f"- {', '.join(f'{name} {version}' for name, version in run['versions'].items())}",

@@ -5,7 +5,15 @@ A config file names only what differs from these defaults.
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from tljax.tree import nearest
 from tljax.types import BadInput
@@ -114,6 +122,13 @@ class Precision(Section):
     matmul: Literal["default", "high", "highest"] = "default"
 
 
+Strategies = Annotated[
+    tuple[Named, ...],
+    Field(min_length=1),
+    BeforeValidator(lambda value: (value,) if isinstance(value, dict | Named) else value),
+]
+
+
 class Config(Section):
     """A whole run."""
 
@@ -121,7 +136,7 @@ class Config(Section):
     task: Literal["classify", "multilabel", "regress", "tag", "mlm"] | None = None  # by the data
     weights: str | None = None  # a name, a Hugging Face folder, or a finished run's workdir
     model: dict[str, Any] = {}  # {"name": "vit", ...fields}; with weights: fields to override
-    strategy: Named = Named(name="full")
+    strategy: Strategies = (Named(name="full"),)  # one, or several that are composed
     roles: tuple[tuple[str, Literal["train", "track", "freeze"]], ...] = ()  # before the strategy's
     specs: tuple[tuple[str, tuple[str | None, ...]], ...] = ()  # sharding rules by path
     optim: Optim = Optim()

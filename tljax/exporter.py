@@ -14,8 +14,9 @@ import safetensors.numpy
 
 from tljax.card import make_card
 from tljax.checkpoint import write_json, write_text
+from tljax.edits.fold import is_grafted
+from tljax.edits.fold import merge as fold
 from tljax.edits.load import match
-from tljax.edits.lora import merge as fold
 from tljax.layers import choose
 from tljax.models import MODELS
 from tljax.pretrained import IMAGES, Pretrained, load, target_of
@@ -32,6 +33,7 @@ from tljax.weights.table import all_finite, to_foreign
 
 OURS = {"parent", "name", "dtype", "read", "dropout", "drop_path", "momentum"}
 """Fields that say how a model is trained or run here, not what it is."""
+WEIGHTS = ("kernel", "embedding")
 NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
@@ -135,18 +137,33 @@ def prepare(pre: Pretrained, to: str, merge: bool, kind: Any) -> tuple[Tree, lis
 
     Raises: BadInput for a LoRA that the format cannot hold, or none where it is wanted.
     """
-    grafted = any("/lora/" in path for path in flatten(pre.variables))
+    grafted = is_grafted(pre.variables)
     if to == "peft" and (merge or not grafted):
         raise BadInput("--to=peft writes a LoRA: " + ("leave --merge out" if grafted else "none"))
     if to != "peft" and grafted and not merge:
-        raise BadInput(f"--to={to} has no place for LoRA: fold it with --merge, or --to=peft")
+        raise BadInput(
+            f"--to={to} has no place for what is grafted (LoRA, quantised kernels, ..): fold it "
+            "with --merge, or write LoRA with --to=peft"
+        )
     if merge and not grafted:
-        raise BadInput("there is no LoRA to fold: leave --merge out")
+        raise BadInput("there is no LoRA, nor anything else, to fold: leave --merge out")
     tree = fold(pre.variables) if merge else pre.variables
     if to == "peft":  # its base stays as it is
         return tree, []
     cast = map_with_path(lambda path, x: rounded(path, x, kind), tree)
-    return cast, fold_errors(pre.variables, tree, cast, np.dtype(kind).name) if merge else []
+    if not merge:
+        return cast, []
+    lost = fold_errors(pre.variables, tree, cast, np.dtype(kind).name)
+    return cast, [*lost, fold_drift(pre, tree)]
+
+
+def fold_drift(pre: Pretrained, tree: Tree) -> str:
+    """Say how far the outputs of the folded model lie from those of the unfolded one."""
+    inputs = fixture_inputs(pre.model)
+    before, after = (outputs(pre.model, variables, inputs) for variables in (pre.variables, tree))
+    drifts = {k: np.abs(after[k] - x).max() / np.abs(x).max() for k, x in before.items() if x.any()}
+    worst = max(drifts, key=lambda name: drifts[name])
+    return f"folding changes the outputs by {drifts[worst]:.2g} of the largest at most ({worst})"
 
 
 def rounded(path: str, leaf: Any, kind: Any) -> np.ndarray:
@@ -164,13 +181,15 @@ def fold_errors(before: Tree, exact: Tree, rounded: Tree, name: str) -> list[str
     """Say how much of every LoRA's update is lost where its sum with the kernel is rounded."""
     old, new, cast = flatten(before), flatten(exact), flatten(rounded)
     lost = {}  # percent
-    for path in (p.removesuffix("/lora/a") for p in old if p.endswith("/lora/a")):
-        kernel = f"{path}/kernel"
+    modules = [path.removesuffix("/lora/a") for path in old if path.endswith("/lora/a")]
+    weights = {f"{path}/{name}": path for path in modules for name in WEIGHTS}
+    for kernel in weights.keys() & old.keys():  # of a quantised one the sum is all there is
+        path = weights[kernel]
         update = np.linalg.norm(new[kernel] - old[kernel])
         missed = np.linalg.norm(cast[kernel] - new[kernel])
         lost[path] = 100 * float(missed) / max(float(update), 1e-30)
     folded = f"LoRA folded into {len(lost)} kernels in float32"
-    if name == "float32":
+    if name == "float32" or not lost:
         return [f"{folded}, the file's type: their sums are rounded no further"]
     worst, mean = max(lost, key=lambda path: lost[path]), np.mean([*lost.values()])
     return [

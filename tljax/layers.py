@@ -1,15 +1,8 @@
 """The doors: every kernel of every model is multiplied here, and nowhere else.
 
 Parameters are float32 and may arrive in another dtype; products run in `dtype`, statistics and
-reductions in float32.  Matmul precision follows `jax.default_matmul_precision`.
-
-Ports, the whole list of what a layer does because something is there:
-- `lora/{a, b, scale, rate}` beside a Dense `kernel`: y += scale * dropout(x, rate) @ a @ b.
-- `lora/magnitude` among them (DoRA): y then takes this length in every column of the kernel.
-- a `dropout` rng: Dropout, DropPath and the dropout inside LoRA are on.
-- `batch_stats` mutable (and not initialising): BatchNorm uses the batch and updates its averages.
-- `fixed_stats/<norm>/{mean, var}`: that BatchNorm reads these instead, and updates nothing.
-- an ambient mesh with Auto axes `data` and `fsdp`: activations are pinned at block boundaries.
+reductions in float32.  Matmul precision follows `jax.default_matmul_precision`.  What a layer does
+because something is there is listed in `tljax.ports`.
 """
 
 import math
@@ -25,6 +18,8 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
+from tljax import ports
+from tljax.ports import along_last, dropped, port
 from tljax.tree import nearest
 from tljax.types import BadInput, Key
 
@@ -58,11 +53,6 @@ def choose(table: Mapping[str, Any], name: str, field: str) -> Any:
     return table[name]
 
 
-def along_last(vector: Float[Array, " d"], like: Array) -> Array:
-    """Give a vector `like`'s rank and dtype: implicit rank promotion is an error in our tests."""
-    return vector.reshape((1,) * (like.ndim - 1) + (-1,)).astype(like.dtype)
-
-
 def constrain_batch(x: Array) -> Array:
     """Pin the batch axis over the mesh axes data and fsdp; nothing without such an ambient mesh.
 
@@ -77,7 +67,7 @@ def constrain_batch(x: Array) -> Array:
 
 
 class Dense(nn.Module):
-    """Multiply the last axis by a kernel.  Has the LoRA port."""
+    """Multiply the last axis by a kernel."""
 
     features: int
     use_bias: bool = True
@@ -88,37 +78,20 @@ class Dense(nn.Module):
     def __call__(self, x: Features) -> Projected:
         # Unflattened, the weight gradient is slower on XLA:CPU: benchmarks/flattening.py.
         rows = x.reshape(-1, x.shape[-1]).astype(self.dtype)
-        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
-        y = rows @ kernel.astype(self.dtype)
-        if self.has_variable("params", "lora"):
-            lora = self.get_variable("params", "lora")
-            y += self.low_rank(rows, lora)
-            if "magnitude" in lora:
-                y *= along_last(lora["magnitude"] / column_lengths(kernel, lora), y)
+        kernel = ports.kernel_of(self, self.kernel_init, (x.shape[-1], self.features))
+        rescale = port(self, "rescale")
+        rows = rows * along_last(rescale["in"], rows) if "in" in rescale else rows
+        y = ports.product(rows, kernel, jnp.matmul)
+        if lora := port(self, "lora"):
+            y = ports.adapted(rows, y, kernel, lora, chance(self), jnp.matmul)
         if self.use_bias:
             y += along_last(self.param("bias", nn.initializers.zeros, (self.features,)), y)
-        return y.reshape(*x.shape[:-1], self.features)
-
-    def low_rank(self, rows: Float[Array, "n i"], lora: Mapping[str, Array]) -> Float[Array, "n o"]:
-        """Return scale * dropout(x) @ a @ b.  Source: Hu et al. 2021, arXiv 2106.09685, eq. 3."""
-        a, b, scale = (lora[name].astype(self.dtype) for name in ("a", "b", "scale"))
-        if self.has_rng("dropout"):
-            key, rate = self.make_rng("dropout"), lora["rate"]
-            # The rate is data, so that of zero draws no bits at run time.
-            drop = lambda x: dropped(x, rate, key, x.shape)  # noqa: E731
-            rows = jax.lax.cond(rate > 0, drop, lambda x: x, rows)
-        return (rows @ a) @ b * scale
+        return ports.rescaled(y, rescale).reshape(*x.shape[:-1], self.features)
 
 
-def column_lengths(kernel: Float[Array, "i o"], lora: Mapping[str, Array]) -> Float[Array, " o"]:
-    """Return the length of every column of kernel + scale * a @ b, in float32, as a constant.
-
-    DoRA's gradient takes the length as given (section 4.3), and PEFT's does: nothing is frozen by
-    it, and the direction still learns.  Source: Liu et al. 2024, arXiv 2402.09353, eq. 5 and 11.
-    """
-    a, b = (lora[name].astype(jnp.float32) for name in ("a", "b"))
-    folded = kernel.astype(jnp.float32) + lora["scale"] * jnp.matmul(a, b, precision="highest")
-    return jax.lax.stop_gradient(jnp.sqrt(jnp.square(folded).sum(0)))
+def chance(module: nn.Module) -> Key | None:
+    """Return a key to draw from where there is a `dropout` rng."""
+    return module.make_rng("dropout") if module.has_rng("dropout") else None
 
 
 def zero_head(classes: int | None, features: Features, name: str = "head") -> Projected | None:
@@ -151,16 +124,23 @@ class Conv(nn.Module):
     @nn.compact
     def __call__(self, x: Image) -> Map:
         size, stride = pair(self.size), pair(self.stride)
-        kernel = self.param("kernel", lecun_normal, (*size, x.shape[-1], self.features))
-        if self.standardize:
+        kernel = ports.kernel_of(self, lecun_normal, (*size, x.shape[-1], self.features))
+        lora, rescale = port(self, "lora"), port(self, "rescale")
+        if self.standardize:  # what is standardised is the sum
+            kernel, lora = (ports.folded(kernel, lora), {}) if lora else (kernel, lora)
             kernel = standardised(kernel.astype(jnp.float32), (0, 1, 2), 1e-10)
         # A step of ResNet-50 (8 images of 224, 2 cores): 3.5 s by XLA's convolutions, 2.4 s so.
         small = max(size) <= 3 or size == stride
         by = conv_as_matmul if small and jax.default_backend() == "cpu" else conv_by_xla
-        y = by(x.astype(self.dtype), kernel.astype(self.dtype), stride, self.padding)
+        convolve = partial(by, stride=stride, padding=self.padding)
+        x = x.astype(self.dtype)
+        x = x * along_last(rescale["in"], x) if "in" in rescale else x
+        y = ports.product(x, kernel, convolve)
+        if lora:
+            y = ports.adapted(x, y, kernel, lora, chance(self), convolve)
         if self.use_bias:
             y += along_last(self.param("bias", nn.initializers.zeros, (self.features,)), y)
-        return y
+        return ports.rescaled(y, rescale)
 
 
 def conv_by_xla(x: Image, kernel: Kernel, stride: tuple[int, int], padding: int) -> Map:
@@ -196,15 +176,24 @@ class Embed(nn.Module):
     def setup(self) -> None:
         """Create the table."""
         self.embedding = self.param("embedding", small_normal, (self.count, self.features))
+        self.lora: dict[str, Array] = port(self, "lora")
 
     def __call__(self, ids: Int[Array, "*b"]) -> Features:
         """Return the rows at `ids`."""
-        return self.embedding[ids].astype(self.dtype)
+        y = self.embedding[ids].astype(self.dtype)
+        if self.lora:
+            update = self.lora["a"][ids.reshape(-1)] @ self.lora["b"] * self.lora["scale"]
+            y += update.reshape(y.shape).astype(self.dtype)
+        return y
 
     def attend(self, x: Features) -> Projected:
         """Return the scalar product of x with every row."""
         rows = x.reshape(-1, x.shape[-1]).astype(self.dtype)
-        return (rows @ self.embedding.astype(self.dtype).T).reshape(*x.shape[:-1], -1)
+        y = rows @ self.embedding.astype(self.dtype).T
+        if self.lora:
+            turned = self.lora | {"a": self.lora["b"].T, "b": self.lora["a"].T}
+            y += ports.low_rank(rows, turned, None, jnp.matmul)
+        return y.reshape(*x.shape[:-1], -1)
 
 
 def require_room(length: int, positions: int) -> None:
@@ -236,7 +225,8 @@ class LayerNorm(nn.Module):
         scale = self.param("scale", nn.initializers.ones, (x.shape[-1],))
         bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
         y = self._standardise(x.astype(jnp.float32))
-        return (y * along_last(scale, y) + along_last(bias, y)).astype(self.dtype)
+        y = ports.rescaled(y * along_last(scale, y) + along_last(bias, y), port(self, "rescale"))
+        return y.astype(self.dtype)
 
     def _standardise(self, x: Features) -> Features:
         return standardised(x, (-1,), self.eps)
@@ -290,12 +280,6 @@ class LayerScale(nn.Module):
     def __call__(self, x: Features) -> Features:
         start = nn.initializers.constant(self.start)
         return x * along_last(self.param("gamma", start, x.shape[-1:]), x)
-
-
-def dropped(x: Array, rate: float | Array, key: Key, shape: tuple[int, ...]) -> Array:
-    """Zero a fraction `rate` of x at random, in units of `shape`, and rescale the rest."""
-    keep = jax.random.bernoulli(key, 1 - rate, shape)
-    return jnp.where(keep, x / (1 - rate), 0).astype(x.dtype)
 
 
 class Dropout(nn.Module):
@@ -354,12 +338,24 @@ class Attention(nn.Module):
                 return y
             return LayerNorm(self.qk_norm, self.dtype, name=f"norm_{name}")(y)
 
-        heads = project("query", x if query is None else query), project("key", x)
+        own = x if query is None else query
+        keys, values = self.prefixed(project("key", x), project("value", x))
+        if mask is not None:
+            mask = ports.in_front(jnp.ones(keys.shape[1] - x.shape[1], bool), mask)
         pairs = None if mask is None else mask[:, None, None, :]
         y = jax.nn.dot_product_attention(
-            *heads, project("value", x), mask=pairs, is_causal=self.causal
+            project("query", own), keys, values, mask=pairs, is_causal=self.causal
         )
-        return dense(name="out")(rearrange(y, "b l h k -> b l (h k)"))
+        y = dense(name="out")(rearrange(y, "b l h k -> b l (h k)"))
+        return ports.bottlenecks(self, own, y)
+
+    def prefixed(self, *heads: Float[Array, "b l h k"]) -> tuple[Float[Array, "b m h k"], ...]:
+        """Put learned keys and values in front.  Source: Li and Liang 2021, arXiv 2101.00190."""
+        prefix = port(self, "prefix")
+        if not prefix:
+            return heads
+        learned = (prefix[name].reshape(-1, *heads[0].shape[2:]) for name in ("key", "value"))
+        return tuple(ports.in_front(*pair) for pair in zip(learned, heads, strict=True))
 
 
 class Mlp(nn.Module):
@@ -374,7 +370,8 @@ class Mlp(nn.Module):
     def __call__(self, x: Features) -> Features:
         act = choose(ACTIVATIONS, self.activation, "activation")
         y = act(Dense(self.hidden, dtype=self.dtype, kernel_init=self.kernel_init, name="up")(x))
-        return Dense(x.shape[-1], dtype=self.dtype, kernel_init=self.kernel_init, name="down")(y)
+        y = Dense(x.shape[-1], dtype=self.dtype, kernel_init=self.kernel_init, name="down")(y)
+        return ports.bottlenecks(self, x, y)
 
 
 class PreNormBlock(nn.Module):
@@ -436,8 +433,10 @@ class Blocks(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b ..."], *rest: Any) -> Float[Array, "b ..."]:
         last = last_block(self.read, self.depth)
-        found = x = constrain_batch(x)
+        found, x, extra = x, constrain_batch(x), 0
         for index in range(self.depth if self.is_initializing() else last + 1):
+            if (prompt := port(self, str(index)).get("prompt")) is not None:
+                x, extra = ports.in_front(prompt, x[:, extra:]), len(prompt)
             x = constrain_batch(self.make(index)(x, *rest))
-            found = x if index == last else found
+            found = x[:, extra:] if index == last else found
         return found

@@ -17,6 +17,7 @@ from jax.sharding import SingleDeviceSharding
 from tljax import sharding
 from tljax.data.tokens import Tokenizer
 from tljax.data.transforms import Preprocess
+from tljax.edits.fold import grafts
 from tljax.edits.load import Report, match
 from tljax.layers import last_block
 from tljax.models import MODELS
@@ -255,9 +256,12 @@ def target_of(model: nn.Module, tree: Tree) -> Tree:
     if depth is not None:
         blocks = {str(i): target["params"]["blocks"]["0"] for i in range(depth)}
         target["params"]["blocks"] = blocks
-    grafts = {path: leaf for path, leaf in flatten(tree).items() if "/lora/" in path}
-    like = {path: jax.ShapeDtypeStruct(leaf.shape, np.float32) for path, leaf in grafts.items()}
-    return unflatten(flatten(target) | like)
+    added = {path: leaf for path, leaf in flatten(tree).items() if grafts(path)}
+    kind = lambda leaf: leaf.dtype if leaf.dtype.kind in "iu" else np.float32  # noqa: E731
+    like = {path: jax.ShapeDtypeStruct(x.shape, kind(x)) for path, x in added.items()}
+    parents = {path.rpartition("/")[0] for path in added}  # a quantised kernel is a tree itself
+    own = {path: leaf for path, leaf in flatten(target).items() if path not in parents}
+    return unflatten(own | like)
 
 
 def place(values: dict[str, Any], target: Tree, mesh: sharding.Mesh | None) -> Tree:

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from tljax.checkpoint import digest_of, read_tree
-from tljax.edits.lora import merge
+from tljax.edits.fold import is_grafted, merge
 from tljax.layers import choose
 from tljax.models import MODELS
-from tljax.tree import flatten, join, map_with_path
+from tljax.tree import join, map_with_path
 from tljax.types import BadInput, Tree
 from tljax.weights import Source, open_weights
 from tljax.weights.files import read_json
@@ -62,9 +62,8 @@ def plain(tree: Tree) -> Tree:
     Averages take the place of parameters, and fixed statistics are statistics again:
     `{params, ema, fixed_stats}  ->  {params, batch_stats}`.
     """
-    params = map_with_path(
-        lambda _, x: np.asarray(x, np.float32), join(tree.get("ema"), tree)["params"]
-    )
+    exact = lambda _, x: x if x.dtype.kind in "iu" else np.asarray(x, np.float32)  # noqa: E731
+    params = map_with_path(exact, join(tree.get("ema"), tree)["params"])
     statistics = tree.get("fixed_stats") or tree.get("batch_stats")
     return {"params": params} | ({"batch_stats": statistics} if statistics else {})
 
@@ -146,8 +145,7 @@ def merged(source: Source) -> Source:
 
     In float32, whatever a run computed in: a fold into bfloat16 rounds small updates away.
     """
-    if not any("/lora/" in path for path in flatten(source.tree)):
+    if not is_grafted(source.tree):
         return source
-    read = map_with_path(lambda _, leaf: jnp.asarray(np.asarray(leaf), jnp.float32), source.tree)
-    tree = jax.device_get(read | {"params": merge(read["params"])})
+    tree = jax.device_get(merge(jax.tree.map(jnp.asarray, source.tree)))
     return replace(source, tree=tree, digest=partial(digest_of, tree))

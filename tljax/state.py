@@ -57,6 +57,13 @@ def assign_roles(
             f" ({len(mine)} such leaves): drop the rule, or read a later layer"
         )
     roles = map_with_path(lambda path, role: "freeze" if path in idle else role, roles)
+    leaves, role_of = flatten(tree), flatten(roles)
+    whole = [p for p, x in leaves.items() if not jnp.issubdtype(x.dtype, jnp.floating)]
+    if fixed := [path for path in whole if role_of[path] == "train"]:
+        raise BadInput(
+            f"{fixed[0]} is to be trained, but is stored as {leaves[fixed[0]].dtype}: a quantised "
+            "kernel stays frozen; train other leaves, or quantise other layers"
+        )
     moved = flatten(jax.eval_shape(objective, tree, batch, key)[1].track)
     if odd := [path for path in moved if flatten(roles)[path] != "track"]:
         raise BadInput(f"{odd[0]} is moved by the forward pass: its role can only be track")
@@ -66,11 +73,14 @@ def assign_roles(
 
 
 def to_compute_dtype(frozen: Tree, dtype: Any) -> Tree:
-    """Cast frozen float32 parameters to the compute dtype; statistics keep theirs."""
+    """Cast frozen float32 parameters to the compute dtype; statistics keep theirs.
+
+    So do the scales of quantised kernels, which lie below `kernel`.
+    """
 
     def cast(path: str, leaf: Any) -> Any:
-        is_param = "batch_stats" not in path.split("/") and "fixed_stats" not in path.split("/")
-        return leaf.astype(dtype) if is_param and leaf.dtype == jnp.float32 else leaf
+        exact = {"batch_stats", "fixed_stats", "kernel"} & set(path.split("/")[:-1])
+        return leaf.astype(dtype) if not exact and leaf.dtype == jnp.float32 else leaf
 
     return map_with_path(cast, frozen)
 

@@ -1,85 +1,171 @@
-"""LoRA as a tree edit: graft low-rank factors beside kernels, and fold them back."""
+"""The LoRA family as tree edits: low-rank factors beside kernels."""
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jaxtyping import Array, Float
 
-from tljax.tree import edit, flatten, matches, nearest
+from tljax.edits.targets import graft
+from tljax.ports import lengths
+from tljax.tree import subtrees
 from tljax.types import BadInput, Key, Tree
 
+SERVES = ("dense", "conv", "embed")
+Init = Literal["zero", "pissa", "olora"]
+Factors = tuple[Float[Array, "*i r"], Float[Array, "r o"]]
 
-def targets_of(tree: Tree, globs: tuple[str, ...]) -> list[str]:
-    """List the modules (subtrees holding a 2-D `kernel`) that the globs name.
 
-    Raises: BadInput for a glob that names no such module, with the nearest that exist.
-    """
-    leaves = flatten(tree).items()
-    dense = [p.removesuffix("/kernel") for p, x in leaves if p.endswith("/kernel") and x.ndim == 2]
-    for glob in globs:
-        if not any(matches(glob, path) for path in dense):
-            raise BadInput(
-                f"LoRA target {glob!r} names no dense layer; nearest: {nearest(glob, dense)}"
-            )
-    return [path for path in dense if any(matches(glob, path) for glob in globs)]
+class Target(NamedTuple):
+    """A module, and the rank and scale of its factors."""
+
+    path: str
+    rank: int
+    scale: float
+
+
+def kaiming(key: Key, shape: tuple[int, ...], fan: int, slope: float = 0.0) -> Array:
+    """Draw from kaiming's uniform distribution.  Source: He et al. 2015, arXiv 1502.01852."""
+    bound = math.sqrt(6 / ((1 + slope**2) * fan))
+    return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
+
+
+def zero(key: Key, kernel: Float[Array, "*k o"], target: Target) -> Factors:
+    """Start b at zero, and a as PEFT does: kaiming uniform with slope sqrt(5)."""
+    shape = (*kernel.shape[:-1], target.rank)
+    a = kaiming(key, shape, math.prod(kernel.shape[:-1]), 5**0.5)
+    return a, jnp.zeros((target.rank, kernel.shape[-1]))
+
+
+def pissa(key: Key, kernel: Float[Array, "i o"], target: Target) -> Factors:
+    """Take the largest singular values and their vectors, shared evenly."""
+    left, values, right = jnp.linalg.svd(kernel, full_matrices=False)
+    root = jnp.sqrt(values[: target.rank] / target.scale)
+    return left[:, : target.rank] * root[None], right[: target.rank] * root[:, None]
+
+
+def olora(key: Key, kernel: Float[Array, "i o"], target: Target) -> Factors:
+    """Take the first columns and rows of the QR decomposition of the (output by input) weight."""
+    q, r = jnp.linalg.qr(kernel.T)
+    return r[: target.rank].T, q[:, : target.rank].T
+
+
+STARTS: dict[str, Callable[[Key, Array, Target], Factors]] = {
+    "zero": zero,
+    "pissa": pissa,
+    "olora": olora,
+}
 
 
 @struct.dataclass
 class Graft:
-    """Add LoRA factors at `targets`.
+    """Add low-rank factors at the targets.
 
     `{query: {kernel}}  ->  {query: {kernel, lora: {a, b, scale, rate}}}`
 
-    b = 0, scale = alpha / rank, and a is kaiming uniform as in loralib and PEFT.
-    Source: Hu et al. 2021, arXiv 2106.09685, section 4.1 (which draws a from a Gaussian).
+    init="zero" starts the update at zero.  "pissa" and "olora" start it at a part of the kernel,
+    from which it is taken.  magnitude: learn the length of every column, from the kernel's (DoRA).
+    Source: Hu et al. 2021, arXiv 2106.09685, section 4.1 (which draws a from a Gaussian); Meng et
+    al. 2024, arXiv 2404.02948, eq. 2 to 4; Büyükakyüz 2024, arXiv 2406.01775, algorithm 1, scaled
+    as PEFT does; Liu et al. 2024, arXiv 2402.09353, section 4.1.
     """
 
-    targets: tuple[str, ...] = struct.field(pytree_node=False)
-    rank: int = struct.field(pytree_node=False)
-    alpha: float = struct.field(pytree_node=False)
-    rate: float = struct.field(pytree_node=False)
+    targets: tuple[Target, ...] = struct.field(pytree_node=False)
+    rate: float = struct.field(pytree_node=False, default=0.0)
+    init: Init = struct.field(pytree_node=False, default="zero")
+    magnitude: bool = struct.field(pytree_node=False, default=False)
 
     def __call__(self, tree: Tree, key: Key) -> Tree:
         """Return the tree with the factors grafted.
 
-        Raises: BadInput for a rank above the smaller side of a target's kernel.
+        Raises: BadInput for a rank above the smaller side of a target's kernel, or a target that
+        the start, or a magnitude, is not defined for.
         """
-        keys = iter(jax.random.split(key, len(self.targets)))
+        nodes, leaves = subtrees(tree), {}
+        for target, own in zip(self.targets, jax.random.split(key, len(self.targets)), strict=True):
+            node = nodes[target.path]
+            grafted = self.embedded if "embedding" in node else self.beside
+            leaves[target.path] = grafted(own, node, target)
+        return graft(tree, leaves)
 
-        def graft(module: Tree) -> Tree:
-            rows, columns = module["kernel"].shape
-            if self.rank > min(rows, columns):
-                raise BadInput(
-                    f"LoRA rank {self.rank} exceeds the smaller side of a {rows} x {columns} kernel"
-                )
-            bound = rows**-0.5  # kaiming uniform with slope sqrt(5)
-            a = jax.random.uniform(next(keys), (rows, self.rank), minval=-bound, maxval=bound)
-            factors = {
-                "a": a,
-                "b": jnp.zeros((self.rank, columns)),
-                "scale": jnp.asarray(self.alpha / self.rank),
-                "rate": jnp.asarray(self.rate),
-            }
-            return module | {"lora": factors}
+    def beside(self, key: Key, node: Tree, target: Target) -> dict[str, Any]:
+        """Make the factors of a kernel, and what they leave of it."""
+        kernel = plain_kernel(node, target)
+        if kernel.ndim > 2 and self.init != "zero":
+            raise BadInput(f"init={self.init!r} decomposes dense kernels; {target.path} is conv")
+        a, b = STARTS[self.init](key, kernel, target)
+        new = {"lora": {"a": a, "b": b} | self.constants(target)}
+        if self.magnitude:
+            new["lora"]["magnitude"] = lengths(kernel)
+        if self.init == "zero":
+            return new
+        update = target.scale * jnp.matmul(a, b, precision="highest")
+        return new | {"kernel": (kernel - update).astype(node["kernel"].dtype)}
 
-        return edit(tree, [(target, graft) for target in self.targets])
+    def embedded(self, key: Key, node: Tree, target: Target) -> dict[str, Any]:
+        """Make the factors of a table: a = 0 and b is normal, as in PEFT."""
+        rows, width = node["embedding"].shape
+        require_rank(target, (rows, width))
+        if self.magnitude or self.init != "zero":
+            what = "DoRA" if self.magnitude else f"init={self.init!r}"
+            raise BadInput(f"{what} serves kernels, but {target.path} is an embed layer")
+        b = jax.random.normal(key, (target.rank, width))
+        return {"lora": {"a": jnp.zeros((rows, target.rank)), "b": b} | self.constants(target)}
+
+    def constants(self, target: Target) -> dict[str, Array]:
+        """Return the leaves that nothing trains."""
+        return {"scale": jnp.asarray(target.scale), "rate": jnp.asarray(self.rate)}
 
 
-def merge(tree: Tree) -> Tree:
-    """Fold every LoRA into its kernel: kernel + scale * a @ b, summed in float32.
+def plain_kernel(node: Tree, target: Target) -> Float[Array, "*k o"]:
+    """Return a target's kernel in float32.
 
-    Where there is a magnitude (DoRA), every column of the sum gets this length.
-    `{kernel, lora: {a, b, scale, rate}}  ->  {kernel}`
+    Raises: BadInput if it is quantised, or smaller than the rank.
     """
-    if not isinstance(tree, dict):
-        return tree
-    if "lora" not in tree:
-        return {name: merge(child) for name, child in tree.items()}
-    kernel, lora = tree["kernel"], tree["lora"]
-    a, b = lora["a"].astype(jnp.float32), lora["b"].astype(jnp.float32)
-    low_rank = jnp.matmul(a, b, precision="highest")
-    folded = kernel.astype(jnp.float32) + lora["scale"] * low_rank
-    if "magnitude" in lora:
-        length = jnp.sqrt(jnp.square(folded).sum(0, keepdims=True))
-        folded *= lora["magnitude"][None].astype(jnp.float32) / length
-    rest = {name: leaf for name, leaf in tree.items() if name != "lora"}
-    return rest | {"kernel": folded.astype(kernel.dtype)}
+    if isinstance(node["kernel"], dict):
+        raise BadInput(f"{target.path} is quantised already: graft first, then quantize")
+    require_rank(target, node["kernel"].shape)
+    return jnp.asarray(node["kernel"], jnp.float32)
+
+
+def require_rank(target: Target, shape: tuple[int, ...]) -> None:
+    """Raise BadInput for a rank above the smaller side of a kernel."""
+    rows, columns = math.prod(shape[:-1]), shape[-1]
+    if target.rank > min(rows, columns):
+        raise BadInput(
+            f"rank {target.rank} exceeds the smaller side of a {rows} x {columns} kernel at "
+            f"{target.path}"
+        )
+
+
+@struct.dataclass
+class GraftVectors:
+    """Add VeRA at the targets: factors that stay random and are alike, and two vectors that learn.
+
+    `{kernel}  ->  {kernel, lora: {a, b, inner, outer, scale, rate}}`
+
+    a and b are cut out of one pair that is as large as the largest target.  outer = 0 and
+    inner = start, as in PEFT.  Every layer holds its own copy of a and b.
+    Source: Kopiczko et al. 2023, arXiv 2310.11454, section 3.2.
+    """
+
+    targets: tuple[Target, ...] = struct.field(pytree_node=False)
+    rate: float = struct.field(pytree_node=False)
+    start: float = struct.field(pytree_node=False)
+
+    def __call__(self, tree: Tree, key: Key) -> Tree:
+        """Return the tree with factors and vectors grafted."""
+        nodes, leaves = subtrees(tree), {}
+        shapes = [nodes[target.path]["kernel"].shape for target in self.targets]
+        rows, columns = (max(sizes) for sizes in zip(*shapes, strict=True))
+        rank, (first, second) = self.targets[0].rank, jax.random.split(key)
+        a = kaiming(first, (rows, rank), rows)
+        b = kaiming(second, (rank, columns), rank)
+        for target, (i, o) in zip(self.targets, shapes, strict=True):
+            vectors = {"inner": jnp.full(rank, self.start), "outer": jnp.zeros(o)}
+            constants = {"scale": jnp.asarray(target.scale), "rate": jnp.asarray(self.rate)}
+            leaves[target.path] = {"lora": {"a": a[:i], "b": b[:, :o]} | vectors | constants}
+        return graft(tree, leaves)

@@ -9,6 +9,7 @@ from flax import linen as nn
 from jaxtyping import Array, Bool, Float, Int
 
 from tljax import layers
+from tljax.ports import in_front, port
 from tljax.types import Output
 
 Tokens = Float[Array, "b l d"]
@@ -38,23 +39,32 @@ class TokenEmbed(nn.Module):
         if self.types:
             self.type = layers.Embed(self.types, self.width, self.dtype)
         self.norm = layers.LayerNorm(self.eps, self.dtype)
+        self.prompt, self.skipped = port(self, "prompt"), port(self, "skipped")
 
-    def __call__(self, input_ids: Ids, token_type_ids: Ids) -> Tokens:
-        """Return the embedded tokens.
+    def __call__(self, input_ids: Ids, token_type_ids: Ids) -> Float[Array, "b m d"]:
+        """Return the embedded tokens, a learned prompt before them.
 
+        As PEFT has it, the prompt is of type 0 and takes the first positions.
         Raises: BadInput for a text longer than the position table.
         """
-        unused = 0 if self.pad is None else self.pad + 1
-        layers.require_room(input_ids.shape[1], self.positions - unused)
-        x = self.word(input_ids) + self.position(self.places(input_ids))
-        return self.norm(x + self.type(token_type_ids) if self.types else x)
+        x, types = self.word(input_ids), token_type_ids
+        if len(self.prompt):
+            x = in_front(self.prompt, x)
+            types = in_front(jnp.zeros(len(self.prompt), types.dtype), types)
+        unused = len(self.skipped) + (0 if self.pad is None else self.pad + 1)
+        layers.require_room(x.shape[1], self.positions - unused)
+        x += self.position(self.places(input_ids))
+        return self.norm(x + self.type(types) if self.types else x)
 
-    def places(self, input_ids: Ids) -> Int[Array, "_ l"]:
+    def places(self, input_ids: Ids) -> Int[Array, "_ m"]:
         """Return the row of the position table for every token, of one text if all are alike."""
+        first, length = len(self.skipped), len(self.prompt) + input_ids.shape[1]
         if self.pad is None:
-            return jnp.arange(input_ids.shape[1])[None]
+            return first + jnp.arange(length)[None]
+        if len(self.prompt):  # embedded, they cannot be told from padding: nor does transformers
+            return self.pad + 1 + jnp.arange(length)[None]
         kept = (input_ids != self.pad).astype(jnp.int32)
-        return jnp.cumsum(kept, axis=1) * kept + self.pad
+        return (first + jnp.cumsum(kept, axis=1)) * kept + self.pad
 
 
 class Block(nn.Module):
@@ -146,22 +156,29 @@ class Bert(nn.Module):
         types = jnp.zeros_like(input_ids) if token_type_ids is None else token_type_ids
         mask = None if attention_mask is None else attention_mask.astype(bool)
         x = layers.Dropout(self.dropout)(embed(input_ids, types))
+        prompt = x.shape[1] - input_ids.shape[1]
+        if prompt:
+            mask = jnp.ones(input_ids.shape, bool) if mask is None else mask
+            mask = in_front(jnp.ones(prompt, bool), mask)
         x = layers.Blocks(make, self.depth, self.read, name="blocks")(x, mask)
-        pooled = self.pooled(x, mask)
+        first, x = x[:, 0], x[:, prompt:]
+        pooled = self.pooled(first, x, mask if mask is None else mask[:, prompt:])
         if self.mlm:
             head = MaskedLanguageHead(self.vocab, self.eps, self.activation, self.dtype, name="mlm")
             return Output(x, pooled, head(x, embed))
         features = layers.Dropout(self.dropout)(x if self.tokens else pooled)
         return Output(x, pooled, layers.zero_head(self.num_classes, features))
 
-    def pooled(self, x: Tokens, mask: Bool[Array, "b l"] | None) -> Float[Array, "b d"]:
-        """Pool the tokens."""
-        pools = {"cls": x[:, 0], "mean": masked_mean(x, mask), "pooler": x[:, 0]}
+    def pooled(
+        self, first: Float[Array, "b d"], x: Tokens, mask: Bool[Array, "b l"] | None
+    ) -> Float[Array, "b d"]:
+        """Pool the tokens; the first is a learned prompt's if there is one, as in PEFT."""
+        pools = {"cls": first, "mean": masked_mean(x, mask), "pooler": first}
         if self.pool == "pooler" or (self.pooler and self.is_initializing()):
             pooler = dense(self.width, dtype=self.dtype, name="pooler")
             functions = {"tanh": jnp.tanh, "relu": jax.nn.relu}
             act = layers.choose(functions, self.pooler_activation, "pooler_activation")
-            pools["pooler"] = act(pooler(x[:, 0]))
+            pools["pooler"] = act(pooler(first))
         return layers.choose(pools, self.pool, "pool")
 
 
