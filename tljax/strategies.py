@@ -372,7 +372,8 @@ def ia3(
     """
     serves = ("dense", "conv")
     inputs, outputs = (
-        tuple(chosen(tree, last_read, globs, "(IA)3", serves)) for globs in (feedforward, targets)
+        tuple(chosen(tree, last_read, globs, "(IA)3", serves)) if globs else ()
+        for globs in (feedforward, targets)
     )
     if both := sorted(set(inputs) & set(outputs)):
         raise BadInput(f"(IA)3: {both[0]} is named by targets and by feedforward: choose one")

@@ -59,7 +59,7 @@ def _merged(node: Tree) -> Tree:
             weight *= along_last(lora["magnitude"] / lengths(weight), weight)
     bias, rescale = own.get("bias"), node.get("rescale", {})
     if "in" in rescale:
-        weight *= rescale["in"].reshape(-1, 1)
+        weight *= rescale["in"].reshape((1,) * (weight.ndim - 2) + (-1, 1))
     if "out" in rescale:
         weight *= along_last(rescale["out"], weight)
         bias = bias if bias is None else bias * rescale["out"]
