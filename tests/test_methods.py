@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from foreign import assert_close, call, prepare
+from theirs import inputs_of, logits_of, make_base, ours
 
 from tljax.edits.fold import merge
 from tljax.state import apply_edits
@@ -20,52 +21,6 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
 ]
 MERGED = 1e-6  # of the largest: one sum in float32
-SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_labels": 3}
-FIELDS = {
-    "ViT": SHAPE | {"intermediate_size": 48, "image_size": 16, "patch_size": 8},
-    "Bert": SHAPE | {"intermediate_size": 48, "vocab_size": 60, "max_position_embeddings": 24},
-    "Roberta": SHAPE
-    | {"intermediate_size": 48, "vocab_size": 60, "max_position_embeddings": 24}
-    | {"type_vocab_size": 1},
-    "ResNet": {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 2], "num_labels": 3}
-    | {"layer_type": "basic"},
-}
-CLASSES = {name: f"{name}ForSequenceClassification" for name in ("Bert", "Roberta")}
-CLASSES |= {name: f"{name}ForImageClassification" for name in ("ViT", "ResNet")}
-
-# Part of a module's name in transformers 5 -> ours; the longer ones first.
-NAMES = {
-    "bert.encoder.layer.": "blocks.",
-    "roberta.encoder.layer.": "blocks.",
-    "attention.self.": "attention.",
-    "attention.output.dense": "attention.out",
-    "intermediate.dense": "mlp.up",
-    "output.dense": "mlp.down",
-    "bert.embeddings.word_embeddings": "embed.word",
-    "bert.pooler.dense": "pooler",
-    "vit.layers.": "blocks.",
-    "q_proj": "query",
-    "k_proj": "key",
-    "v_proj": "value",
-    "o_proj": "out",
-    "mlp.fc1": "mlp.up",
-    "mlp.fc2": "mlp.down",
-    "vit.embeddings.patch_embeddings.projection": "embed.patch",
-    "resnet.encoder.stages.0.layers.0": "blocks.0",
-    "resnet.encoder.stages.1.layers.0": "blocks.1",
-    "resnet.encoder.stages.1.layers.1": "blocks.2",
-    "layer.0.convolution": "conv1",
-    "layer.1.convolution": "conv2",
-    "shortcut.convolution": "shortcut.conv",
-}
-
-
-def ours(module):
-    for theirs, name in NAMES.items():
-        module = module.replace(theirs, name)
-    return "params/" + module.replace(".", "/")
-
-
 QV = tuple(f"params/**/{name}" for name in ("query", "value"))
 ALPHA = {"rank": 3, "alpha": 5.0}
 THEIRS = {"r": 3, "lora_alpha": 5}
@@ -134,46 +89,6 @@ LORA = {  # the model, PEFT's settings, our options
         ALPHA | {"init": "olora"},
     ),
 }
-
-
-def make_base(name, folder):
-    """Save a transformers model with every parameter drawn anew, and open it."""
-    import torch
-    import transformers
-
-    torch.manual_seed(0)
-    model = getattr(transformers, CLASSES[name])(
-        getattr(transformers, f"{name}Config")(**FIELDS[name])
-    )
-    with torch.no_grad():
-        for tensor in model.parameters():
-            around_one = tensor.ndim == 1 and bool((tensor == 1).all())
-            tensor.copy_(torch.rand_like(tensor) + 0.5 if around_one else tensor)
-            tensor.add_(torch.randn_like(tensor) * (0 if around_one else 0.1))
-        for path, tensor in model.named_buffers():
-            if path.endswith("running_var"):
-                tensor.copy_(torch.rand_like(tensor) + 0.5)
-    model.save_pretrained(folder)
-    return model.eval()
-
-
-def inputs_of(name):
-    rng = np.random.default_rng(0)
-    if name in ("ViT", "ResNet"):
-        return (rng.normal(size=(3, 16, 16, 3)).astype(np.float32),)
-    ids = rng.integers(3, 60, (3, 11)).astype(np.int32)
-    return ids, (np.arange(11) < np.array([[11], [7], [4]])).astype(np.int32)
-
-
-def logits_of(model, name):
-    import torch
-
-    tensors = [torch.from_numpy(x) for x in inputs_of(name)]
-    with torch.no_grad():
-        if tensors[0].ndim == 4:
-            return model(tensors[0].permute(0, 3, 1, 2)).logits.numpy()
-        ids, mask = (x.long() for x in tensors)
-        return model(input_ids=ids, attention_mask=mask).logits.numpy()
 
 
 def stir(model, words):
@@ -407,3 +322,139 @@ def test_a_prefix_equals_peft(name, get_peft, tmp_path):
     }
     tree = put(tree, values)
     assert_close(call(model.apply, tree, *inputs_of(name)).logits, logits_of(theirs, name))
+
+
+def drawn(tree, words, seed=3):
+    """Draw grafted leaves anew, so that none starts without effect."""
+    rng = np.random.default_rng(seed)
+    leaves = flatten(tree)
+    moved = {p: x for p, x in leaves.items() if any(f"/{word}" in p for word in words)}
+    values = {
+        path: np.float32(x + rng.normal(0, 0.2, x.shape))
+        for path, x in moved.items()
+        if not path.endswith("/scale")
+    }
+    return put(tree, values), unflatten(values)["params"]
+
+
+def first(output):
+    return output[0] if isinstance(output, tuple) else output
+
+
+def replaced(output, tensor):
+    return (tensor, *output[1:]) if isinstance(output, tuple) else tensor
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "activation"), [("ViT", "serial", "swish"), ("Bert", "parallel", "relu")]
+)
+def test_adapters_equal_their_formula(name, place, activation, tmp_path):
+    import torch
+
+    theirs = make_base(name, tmp_path)
+    options = {"place": place, "activation": activation, "width": 5, "scale": 0.5}
+    model, tree, _ = start(name, tmp_path, "adapter", options)
+    assert_close(call(model.apply, tree, *inputs_of(name)).logits, logits_of(theirs, name))
+    tree, values = drawn(tree, [place])
+    modules = dict(theirs.named_modules())
+    for layer in range(2):
+        # BERT's MLP is two modules, of which the second adds the residual and normalises.
+        at = f"vit.layers.{layer}" if name == "ViT" else f"bert.encoder.layer.{layer}"
+        ends = {"attention": f"{at}.attention", "mlp": f"{at}.mlp"}
+        if name == "Bert":
+            ends = {"attention": f"{at}.attention.output.dense", "mlp": f"{at}.output.dense"}
+            begins = {"attention": f"{at}.attention.self", "mlp": f"{at}.intermediate"}
+        for part, end in ends.items():
+            leaves = values["blocks"][str(layer)][part][place][activation]
+            seen = {}
+
+            def keep(module, args, kwargs, seen=seen):
+                seen["x"] = args[0] if args else kwargs["hidden_states"]
+
+            def add(module, args, output, leaves=leaves, seen=seen):
+                y = first(output)
+                tokens = y if place == "serial" else seen["x"]
+                act = {"relu": torch.relu, "swish": torch.nn.functional.silu}[activation]
+                down, up = (
+                    {k: torch.tensor(v) for k, v in leaves[x].items()} for x in ("down", "up")
+                )
+                hidden = act(tokens @ down["kernel"] + down["bias"])
+                return replaced(output, y + 0.5 * (hidden @ up["kernel"] + up["bias"]))
+
+            if name == "Bert":
+                modules[begins[part]].register_forward_pre_hook(keep, with_kwargs=True)
+            modules[end].register_forward_hook(add)
+    assert_close(call(model.apply, tree, *inputs_of(name)).logits, logits_of(theirs, name))
+
+
+@pytest.mark.parametrize("deep", [True, False])
+def test_visual_prompts_equal_tokens_put_into_the_sequence(deep, tmp_path):
+    import torch
+
+    theirs = make_base("ViT", tmp_path)
+    model, tree, _ = start("ViT", tmp_path, "vpt", {"count": 3, "deep": deep})
+    tree, values = drawn(tree, ["prompt"])
+    modules = dict(theirs.named_modules())
+    for layer, leaves in values["blocks"].items():
+        prompt = torch.tensor(leaves["prompt"])
+
+        def insert(module, args, prompt=prompt, layer=layer):
+            x = args[0]
+            rest = x[:, 1:] if layer == "0" else x[:, 4:]  # those of the layer below go
+            return (torch.cat([x[:, :1], prompt.expand(len(x), -1, -1), rest], 1), *args[1:])
+
+        modules[f"vit.layers.{layer}"].register_forward_pre_hook(insert)
+    assert len(values["blocks"]) == (2 if deep else 1)
+    assert_close(call(model.apply, tree, *inputs_of("ViT")).logits, logits_of(theirs, "ViT"))
+
+
+@pytest.mark.parametrize("name", ["ViT", "Bert", "ResNet"])
+def test_scales_and_shifts_equal_their_formula_and_fold(name, tmp_path):
+    import torch
+
+    theirs = make_base(name, tmp_path)
+    model, tree, _ = start(name, tmp_path, "ssf", {})
+    tree, values = drawn(tree, ["rescale"])
+    hooked = 0
+    leaves = {p.removesuffix("/rescale/out") for p in flatten(tree) if p.endswith("/rescale/out")}
+    for path, module in theirs.named_modules():
+        at = norm_at(path) or ours(path)
+        if at not in leaves:
+            continue
+        node = values
+        for part in at.split("/")[1:]:
+            node = node[part]
+        out, shift = (torch.tensor(node["rescale"][x]) for x in ("out", "shift"))
+
+        def hook(module, args, y, out=out, shift=shift):
+            axis = (slice(None), None, None) if y.ndim == 4 else slice(None)
+            return y * out[axis] + shift[axis]
+
+        module.register_forward_hook(hook)
+        hooked += 1
+    assert hooked == len(leaves)
+    found = call(model.apply, tree, *inputs_of(name)).logits
+    assert_close(found, logits_of(theirs, name))
+    folded = merge(jax.tree.map(jnp.asarray, tree))
+    assert not any("rescale" in path for path in flatten(folded))
+    assert_close(call(model.apply, folded, *inputs_of(name)).logits, found)
+
+
+NORMS = {
+    "layernorm_before": "norm1",
+    "layernorm_after": "norm2",
+    "attention.output.LayerNorm": "norm1",
+    "output.LayerNorm": "norm2",
+    "bert.embeddings.LayerNorm": "embed.norm",
+    "vit.layernorm": "norm",
+    "resnet.embedder.embedder.normalization": "stem.norm",
+    "layer.0.normalization": "norm1",
+    "layer.1.normalization": "norm2",
+    "shortcut.normalization": "shortcut.norm",
+}
+
+
+def norm_at(path):
+    """Name a norm of transformers here, nothing for other modules."""
+    end = next((end for end in NORMS if path.endswith(end)), None)
+    return end and ours(path.removesuffix(end) + NORMS[end])

@@ -107,6 +107,7 @@ def assemble(
     objective = sharding.under(mesh, objective) if ambient else objective
     roles = assign_roles(tree, user, strategy.roles, objective, batch, key)
     settings = {"name": "adamw", "lr": 1e-3, "steps": 10, "clip": 1.0, "decay": 0.05}
+    settings |= {"groups": strategy.groups}
     tx = optim.make_tx(split(tree, roles.tree).train, **(settings | optimizer))
     birth = make_birth(init, roles.tree, tx, jnp.float32)
     abstract = jax.eval_shape(birth, edits, key)
