@@ -211,3 +211,112 @@ def test_a_strategys_own_rules_are_never_dead():
                 jax.random.key(0),
             )
             label(after, made.roles, "freeze")
+
+
+def grafted_at(tree, port):
+    return {path.partition(f"/{port}")[0] for path in flatten(tree) if f"/{port}" in path}
+
+
+def test_several_strategies_train_what_each_would():
+    """LoRA on attention, every norm in full, and one head."""
+    run = assemble(VIT, IMAGES, [("lora", {"rank": 2}), ("norm", {})])
+    alone = [
+        having(assemble(VIT, IMAGES, [part]), "train")
+        for part in (("lora", {"rank": 2}), ("norm", {}))
+    ]
+    assert having(run, "train") == set.union(*alone)
+
+
+def test_full_after_lora_leaves_its_constants():
+    run = assemble(VIT, IMAGES, [("full", {}), ("lora", {"rank": 2})])
+    constants = {p for p in flatten(run.tree) if p.endswith(("/lora/scale", "/lora/rate"))}
+    assert having(run, "freeze") == constants
+
+
+def test_two_methods_at_one_port_are_refused():
+    with pytest.raises(BadInput, match=r"value has lora already: two methods .* the same port"):
+        assemble(VIT, IMAGES, [("lora", {"rank": 2}), ("vera", {"rank": 2})])
+    with pytest.raises(BadInput, match="has rescale already"):
+        assemble(VIT, IMAGES, [("ia3", {}), ("ssf", {})])
+
+
+@pytest.mark.parametrize(
+    ("policy", "statistics", "affine"),
+    [("frozen", "fixed", "freeze"), ("tracked", "batch", "freeze"), ("trained", "batch", "train")],
+)
+def test_batch_norm_has_a_policy_whatever_else_trains(policy, statistics, affine):
+    chosen = [("batch_norm", {"policy": policy}), ("last_k", {"k": 1})]
+    run = assemble(RESNET, IMAGES, chosen)
+    assert f"{statistics}_stats" in run.tree
+    norm = "params/stem/norm/scale"
+    assert (norm in having(run, "train")) == (affine == "train")
+    frozen = assemble(RESNET, IMAGES, [("batch_norm", {}), ("full", {})])
+    assert norm in having(frozen, "freeze") and "fixed_stats" in frozen.tree
+
+
+def test_a_layerwise_rate_falls_from_the_head_to_the_embedding():
+    groups = dict(make(abstract_tree(VIT, IMAGES), None, [("full", {"layer_decay": 0.5})]).groups)
+    rates = {glob.split("/**")[0]: group.lr for glob, group in groups.items()}
+    assert rates == {"params/embed": 0.5**5} | {
+        f"params/blocks/{i}": 0.5 ** (4 - i) for i in range(4)
+    }
+
+
+def test_surgery_by_glob():
+    run = assemble(VIT, IMAGES, "surgical", options={"leaves": ("params/blocks/1/**",)})
+    assert having(run, "train") == paths(VIT, IMAGES, "params/blocks/1/**", "params/head/*")
+    with pytest.raises(BadInput, match=r"params/block/1.*matches nothing"):
+        assemble(VIT, IMAGES, "surgical", options={"leaves": ("params/block/1/**",)})
+
+
+def test_the_attentive_probe_trains_its_pooling():
+    pooled = dataclasses.replace(VIT, pool="map", map_head=True)
+    run = assemble(pooled, IMAGES, "attentive")
+    assert having(run, "train") == paths(pooled, IMAGES, "params/map/**", "params/head/*")
+    with pytest.raises(BadInput, match=r'set model\.pool to "map"'):
+        assemble(VIT, IMAGES, "attentive")
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "message"),
+    [
+        (
+            "lora",
+            {"targets": ("params/**/norm1",)},
+            "is a norm layer, but LoRA serves dense, conv and embed",
+        ),
+        (
+            "lora",
+            {"rank_pattern": {"params/**/out": 2}},
+            r"rank_pattern 'params/\*\*/out' matches no target",
+        ),
+        (
+            "lora",
+            {"init": "pissa", "targets": ("params/embed/patch",), "rank": 2},
+            "decomposes dense kernels",
+        ),
+        ("vera", {"targets": ("params/embed/patch",)}, "is a conv layer, but VeRA serves dense"),
+        ("ia3", {"targets": ("params/**/down",)}, "named by targets and by feedforward"),
+        ("adapter", {"width": 33}, "width 33 is no bottleneck"),
+        ("prompt", {}, r"prompt is for a BERT .for images: vpt."),
+        ("batch_norm", {}, "is for models with BatchNorm"),
+    ],
+)
+def test_what_a_method_cannot_serve_is_refused(name, options, message):
+    with pytest.raises(BadInput, match=message):
+        assemble(VIT, IMAGES, name, options=options)
+
+
+def test_methods_of_images_and_texts_are_not_exchanged():
+    with pytest.raises(BadInput, match="vpt is for a ViT"):
+        assemble(BERT, TEXTS, "vpt")
+    for name in ("adapter", "prefix"):
+        with pytest.raises(BadInput, match="modules: there are none"):
+            assemble(RESNET, IMAGES, name)
+
+
+def test_lora_takes_the_convolutions_of_a_resnet():
+    run = assemble(RESNET, IMAGES, "lora", options={"rank": 2})
+    assert grafted_at(run.tree, "lora") == {
+        f"params/blocks/{i}/conv{j}" for i in (0, 1) for j in (1, 2, 3)
+    }
