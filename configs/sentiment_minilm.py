@@ -8,25 +8,36 @@ Needs `make assets NAMES="minilm vader"`.  Other domains: --config.data.name=sen
 
 from ml_collections import ConfigDict
 
-RATES = {"scratch": 1e-3, "probe": 1e-2, "bitfit": 1e-3, "last_k": 3e-5, "lora": 3e-3, "full": 1e-4}
 DENSE = ("query", "key", "value", "out", "up", "down")
-OPTIONS = {  # a new head learns at about 1e-2, as a probe does
-    "bitfit": {"head_rate": 3.0},
-    "lora": {"head_rate": 3.0, "targets": tuple(f"params/**/{name}" for name in DENSE)},
-    "last_k": {"head_rate": 100.0},
-    "full": {"head_rate": 100.0},
+LORA = {"name": "lora", "head_rate": 3.0, "targets": tuple(f"params/**/{name}" for name in DENSE)}
+CHOICES = {  # word -> peak learning rate, strategy; a new head learns at about 1e-2, as a probe does
+    "scratch": (1e-3, {"name": "scratch"}),
+    "probe": (1e-2, {"name": "probe"}),
+    "bitfit": (1e-3, {"name": "bitfit", "head_rate": 3.0}),
+    "last_k": (3e-5, {"name": "last_k", "head_rate": 100.0}),
+    "full": (1e-4, {"name": "full", "head_rate": 100.0}),
+    "lora": (3e-3, LORA),
+    # The rates below are not tuned on these data.
+    "dora": (3e-3, LORA | {"use_dora": True}),
+    "qlora": (3e-3, (LORA, {"name": "quantize", "form": "nf4"})),
+    "lora_norm": (3e-3, (LORA, {"name": "norm"})),
+    "adapter": (2e-3, {"name": "adapter", "head_rate": 3.0}),
+    "ssf": (2e-3, {"name": "ssf", "head_rate": 3.0}),
+    "ia3": (1e-2, {"name": "ia3"}),
+    "prefix": (1e-2, {"name": "prefix", "count": 10}),
 }
 
 
-def get_config(strategy: str = "probe") -> ConfigDict:
-    """Return the config of one strategy."""
+def get_config(word: str = "probe") -> ConfigDict:
+    """Return the config of a word above, or of any other strategy by its defaults."""
+    lr, strategy = CHOICES.get(word, (1e-3, {"name": word}))
     return ConfigDict(
         {
             "data": {"name": "sentiment/movies", "labels": 1000, "validation": 1000, "length": 40},
             "weights": "minilm-l6",
             "model": {"pool": "mean"},
-            "strategy": {"name": strategy} | OPTIONS.get(strategy, {}),
-            "optim": {"lr": RATES.get(strategy, 1e-3), "decay": 0.01, "warmup": 6},
+            "strategy": strategy,
+            "optim": {"lr": lr, "decay": 0.01, "warmup": 6},
             "run": {"steps": 62, "batch": 16, "eval_every": 31},
         }
     )

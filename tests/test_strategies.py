@@ -19,6 +19,7 @@ from tiny import (
     text_batch,
 )
 
+from tljax.metrics import role_counts
 from tljax.sharding import put_batch
 from tljax.state import apply_edits
 from tljax.strategies import STRATEGIES, blocks_read, make
@@ -26,7 +27,7 @@ from tljax.tree import flatten, join, label, matches
 from tljax.types import BadInput
 
 IMAGES, TEXTS = image_batch(), text_batch()
-OPTIONS = {"vera": {"rank": 4}, "quantize": {"form": "int8"}, "ia3": {}}
+OPTIONS = {"vera": {"rank": 4}, "quantize": {"form": "int8"}}
 VISION = ["scratch", "probe", "bitfit", "norm", "last_k", "surgical", "lora", "vera", "ia3", "ssf"]
 VISION += ["adapter", "vpt", "prefix", "full"]
 
@@ -249,6 +250,11 @@ def test_batch_norm_has_a_policy_whatever_else_trains(policy, statistics, affine
     run = assemble(RESNET, IMAGES, chosen)
     assert f"{statistics}_stats" in run.tree
     norm = "params/stem/norm/scale"
+    told = {"fixed": "frozen", "batch": "tracked"}[statistics]
+    norms = len(paths(RESNET, IMAGES, "batch_stats/**/mean"))
+    counts = role_counts(run.tree, run.roles.tree)
+    learned = norms if policy == "trained" else 2  # those of the last block
+    assert f"BatchNorm: statistics {told}, {learned} of {norms} norms trained" in counts
     assert (norm in having(run, "train")) == (affine == "train")
     frozen = assemble(RESNET, IMAGES, [("batch_norm", {}), ("full", {})])
     assert norm in having(frozen, "freeze") and "fixed_stats" in frozen.tree

@@ -281,4 +281,15 @@ def role_counts(tree: Tree, roles: Tree, unread: Sequence[str] = ()) -> str:
         held = sum(leaf.size * leaf.dtype.itemsize for leaf in mine)
         text = f"{role}: {size:,} parameters, {held:,} bytes, {len(mine)} leaves"
         lines += [text] if mine else []
-    return "\n".join(lines)
+    return "\n".join([*lines, *batch_norm_policy(tree, role_of)])
+
+
+def batch_norm_policy(tree: Tree, role_of: Mapping[str, str]) -> list[str]:
+    """Say what BatchNorm does; nothing for a model without it."""
+    kept = "fixed_stats" if "fixed_stats" in tree else "batch_stats"
+    norms = {path.rpartition("/")[0] for path in flatten(tree.get(kept, {}))}
+    if not norms:
+        return []
+    learned = sum(role_of[f"params/{path}/scale"] == "train" for path in norms)
+    statistics = "frozen" if kept == "fixed_stats" else "tracked"
+    return [f"BatchNorm: statistics {statistics}, {learned} of {len(norms)} norms trained"]

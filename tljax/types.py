@@ -2,7 +2,7 @@
 
 Axis letters: b batch, l tokens, d width, h heads, k head size, f mlp width, c classes,
 i/o in/out, p patch, r rank.  Leaf names: kernel, bias, scale, embedding, gamma (LayerScale),
-mean and var (normalisation statistics), lora/{a, b, scale, rate}.
+mean and var (normalisation statistics); what edits graft is listed in `tljax.ports`.
 """
 
 from collections.abc import Callable, Mapping, Sequence
