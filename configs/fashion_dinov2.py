@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 DENSE = ("query", "key", "value", "out", "up", "down")
 LORA = {"name": "lora", "head_rate": 3.0, "targets": tuple(f"params/**/{name}" for name in DENSE)}
-CHOICES = {  # word -> peak learning rate, strategy; a new head learns at about 1e-2, as a probe does
+CHOICES = {  # word -> peak learning rate, strategy; a new head learns at about 1e-2, as in a probe
     "scratch": (1e-3, {"name": "scratch"}),
     "probe": (3e-2, {"name": "probe"}),
     "bitfit": (3e-3, {"name": "bitfit", "head_rate": 3.0}),

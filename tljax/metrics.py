@@ -290,6 +290,6 @@ def batch_norm_policy(tree: Tree, role_of: Mapping[str, str]) -> list[str]:
     norms = {path.rpartition("/")[0] for path in flatten(tree.get(kept, {}))}
     if not norms:
         return []
-    learned = sum(role_of[f"params/{path}/scale"] == "train" for path in norms)
+    learned = sum(role_of.get(f"params/{path}/scale") == "train" for path in norms)
     statistics = "frozen" if kept == "fixed_stats" else "tracked"
     return [f"BatchNorm: statistics {statistics}, {learned} of {len(norms)} norms trained"]
