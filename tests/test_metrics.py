@@ -295,9 +295,10 @@ def test_the_table_shows_every_leaf_and_its_role():
     [kernel] = [line for line in lines if "params/head/kernel" in line]
     assert [cell.strip() for cell in kernel.strip("|").split("|")] == [
         "params/head/kernel", "(4, 3)", "float32", "train", "fsdp, None"]  # fmt: skip
-    assert lines[-3:] == [
+    assert lines[-4:] == [
         "train: 15 parameters, 60 bytes, 2 leaves",
         "track: 7 parameters, 14 bytes, 1 leaves",
         "unread: 5 parameters, 20 bytes, 1 leaves",
+        "BatchNorm: statistics tracked, 0 of 1 norms trained",
     ]
     assert "train" in metrics.parameter_table(tree, roles)
