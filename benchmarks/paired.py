@@ -1,10 +1,12 @@
 """What one choice is worth on real data: both settings over the same seeds, and their difference.
 
     python benchmarks/paired.py precision                        # bfloat16 compute against float32
+    python benchmarks/paired.py quantization                     # QLoRA against LoRA
     python benchmarks/paired.py pretraining runs/pretrain-bert   # a masked language model's weights
                                                                  # against random initialisation
 
-`precision` adapts the demo's two models by LoRA.  `pretraining` first compares the held-out loss
+`precision` and `quantization` adapt the demo's two models by LoRA; the latter says how far int8
+and nf4 move what the pretrained models compute.  `pretraining` first compares the held-out loss
 with the entropy of the held-out tokens' own frequencies, below which no model that ignores context
 can go; then each setting gets the better of two learning rates on validation (seed 0).  Test is
 read once a seed; the interval is Student's t over the paired differences.  Needs the assets that
@@ -17,18 +19,24 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from scipy import stats
 
-from tljax import demo
+from tljax import demo, objectives
 from tljax.build import Experiment, build, open_parts
 from tljax.config import parse
 from tljax.data.pipeline import open_pipeline
 from tljax.data.sources import Source
 from tljax.inference import open_finished
 from tljax.metrics import mean_interval
+from tljax.models import MODELS
 from tljax.source import RESULT
+from tljax.state import apply_edits
+from tljax.strategies import make
 from tljax.train import compile_step, score
+from tljax.tree import join
 
 Settings = dict[str, tuple[dict[str, Any], tuple[float, ...]]]
 """name -> (config, the learning rates to choose from)."""
@@ -80,6 +88,35 @@ def precision(seeds: int) -> None:
         compare(f"{config['weights']} lora", settings, seeds)
 
 
+def drift(experiment: Experiment, forms: tuple[str, ...]) -> None:
+    """Print how far quantised kernels move the pretrained model's features, on validation."""
+    model = MODELS[experiment.facts["name"]](**experiment.facts["fields"])
+    batch = next(experiment.data.eval_batches("validation"))
+    state, frozen = experiment.birth(jax.random.key(0))
+    tree = join(state.params, state.track, frozen)
+    features = jax.jit(lambda tree, batch: objectives.infer(model, tree, batch).pooled)
+    before = features(tree, batch)
+    for form in forms:
+        edits = make(tree, model.read, [("quantize", {"form": form})]).edits
+        after = features(apply_edits(edits, tree, jax.random.key(0)), batch)
+        moved = jnp.linalg.norm(after - before) / jnp.linalg.norm(before)
+        title = f"{experiment.config.weights:28} {form:12}"
+        print(f"{title} moves the features by {moved:.4f} of their norm", flush=True)
+
+
+def quantization(seeds: int) -> None:
+    """Compare LoRA on float32 kernels with LoRA on kernels of 8 and 4 bits."""
+    for title in demo.JOBS:
+        config = demo.configure(title, "lora", fast=False).model_dump()
+        probe = parse(config | {"strategy": {"name": "probe"}})
+        drift(build(probe, open_parts(probe)), ("int8", "nf4"))
+        for form in ("int8", "nf4"):
+            chosen = (*config["strategy"], {"name": "quantize", "form": form})
+            rates = demo.RATES["lora"][:1]
+            settings = {"lora": (config, rates), form: (config | {"strategy": chosen}, rates)}
+            compare(config["weights"], settings, seeds)
+
+
 def unigram_entropy(source: Source, special: list[int]) -> float:
     """Return the entropy of token frequencies (nats a token), special tokens left out."""
     rows = source.__getitems__(range(len(source)))
@@ -117,12 +154,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawTextHelpFormatter
     )
-    parser.add_argument("choice", choices=("precision", "pretraining"))
+    parser.add_argument("choice", choices=("precision", "quantization", "pretraining"))
     parser.add_argument("run", nargs="?", type=Path, help="folder of a finished MLM run")
     parser.add_argument("--seeds", type=int, default=3)
     arguments = parser.parse_args()
-    if arguments.choice == "precision":
-        precision(arguments.seeds)
+    if arguments.choice in ("precision", "quantization"):
+        {"precision": precision, "quantization": quantization}[arguments.choice](arguments.seeds)
     elif arguments.run is None:
         parser.error("pretraining needs the folder of a finished MLM run")
     else:
