@@ -27,8 +27,9 @@ from tljax.data.pipeline import open_pipeline
 from tljax.data.sources import Source
 from tljax.inference import open_finished
 from tljax.metrics import mean_interval
+from tljax.plan import compile_step
 from tljax.source import RESULT
-from tljax.train import compile_step, score
+from tljax.train import score
 
 Settings = dict[str, tuple[dict[str, Any], tuple[float, ...]]]
 """name -> (config, the learning rates to choose from)."""
