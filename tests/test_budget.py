@@ -124,13 +124,13 @@ def test_the_floor_of_full_fine_tuning_is_that_of_the_literature():
     assert floor_of("full", 2) == examples * (blocks + patches + head)
 
 
-@pytest.mark.parametrize("strategy", ["full", "lora"])
+@pytest.mark.parametrize("strategy", ["full", "probe"])
 def test_accumulating_gradients_costs_the_same_an_example(strategy):
     """XLA counts the body of a scan once: here, of two, a microbatch of two examples."""
     assert flops(strategy, 2, microbatches=2) == pytest.approx(flops(strategy, 2), rel=0.01)
 
 
-@pytest.mark.parametrize("strategy", ["full", "lora"])
+@pytest.mark.parametrize("strategy", ["full", "probe"])
 def test_the_state_alone_is_written_in_place(strategy):
     """Aliased bytes are all of the state, averages included; other outputs are metrics."""
     built, step = here(strategy, 2, microbatches=2)

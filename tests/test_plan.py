@@ -112,19 +112,13 @@ def test_without_its_compiler_a_tpu_is_refused_before_data_are_read(monkeypatch,
     assert "long story" not in message
 
 
-def test_what_does_not_fit_is_refused_with_the_compilers_words(monkeypatch):
-    built = build.build(config())
-
+def test_what_does_not_fit_is_refused_with_the_compilers_words():
     class Lowered:
         def compile(self):
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 20G exceeds 15.75G\nmore")
 
-    class Step:
-        def lower(self, *_):
-            return Lowered()
-
     with pytest.raises(BadInput, match=r"20G exceeds 15.75G\ntry --config.run.remat"):
-        plan.compile_step(dataclasses.replace(built, step=Step()))
+        plan.compile_lowered(Lowered(), sharding.make_mesh())
 
 
 @pytest.mark.libtpu

@@ -15,6 +15,7 @@ from jax.experimental import topologies
 
 from tljax.build import Experiment, build, precision
 from tljax.config import Config
+from tljax.sharding import Mesh
 from tljax.types import BadInput
 
 UNITS = ("", "k", "M", "G", "T", "P")
@@ -61,10 +62,16 @@ def compile_step(experiment: Experiment) -> jax.stages.Compiled:
         name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=experiment.shardings.batch)
         for name, leaf in batch.items()
     }
-    lowered = experiment.step.lower(*experiment.abstract, placed)
-    here = experiment.mesh.devices.flat[0] in jax.devices()
+    return compile_lowered(experiment.step.lower(*experiment.abstract, placed), experiment.mesh)
+
+
+def compile_lowered(lowered: jax.stages.Lowered, mesh: Mesh) -> jax.stages.Compiled:
+    """Compile a program for a mesh, whose devices may be elsewhere.
+
+    Raises: BadInput if the compiler finds that a device has too little memory.
+    """
     try:
-        with nullcontext() if here else uncached():
+        with nullcontext() if mesh.devices.flat[0] in jax.devices() else uncached():
             return lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
