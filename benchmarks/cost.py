@@ -6,8 +6,9 @@ python benchmarks/cost.py --model vit --size B --topology v5e:1x1 --compute bflo
 of full: compiled FLOPs beside full fine-tuning's, with clipping and the gradient norm.  floor: the
 same ratio of the matrix products that the method's gradients need (floor.py).  Bytes are those of
 one device, in MB.  peak is the compiler's own count; on a CPU it leaves temporaries out.  saved: a
-checkpoint, and beside it what a run saves once, the frozen tree.  With --topology everything is of
-the step compiled for a TPU that is elsewhere, the batch spread over its chips.
+checkpoint, and beside it what a run saves once, the frozen tree.  trained is a share of the model's
+own parameters.  With --topology everything is of the step compiled for a TPU that is elsewhere, the
+batch spread over its chips.
 """
 
 import argparse
@@ -122,16 +123,16 @@ HEADER = (
 def line(word: str, step: Step, full: Step, devices: int, seconds: float) -> str:
     """Write a method's row; FLOPs are those of all devices, bytes those of one."""
     cost, (state, frozen) = step.cost, step.abstract
-    trained, rest = (
-        sum(leaf.size for leaf in jax.tree.leaves(part))
-        for part in (state.params, (state.track, frozen))
+    counts = (
+        sum(leaf.size for leaf in jax.tree.leaves(run.abstract[0].params)) for run in (step, full)
     )
+    trained, whole = counts
     kept = (plan.size(part) for part in (state.opt, state, frozen))
     before = (cost.arguments, cost.temporary, cost.peak)
     mega = lambda sizes: " ".join(f"{size / 1e6:9.1f}" for size in sizes)  # noqa: E731
     return (
         f"{word:9} {cost.flops * devices / 1e9:9.1f} {cost.flops / full.cost.flops:8.3f} "
-        f"{step.floor / full.floor:6.3f} {trained / (trained + rest):8.2%} {mega(before)} "
+        f"{step.floor / full.floor:6.3f} {trained / whole:8.2%} {mega(before)} "
         f"{cost.peak / full.cost.peak:8.3f} {mega((cost.aliased, *kept))} {seconds:6.1f}"
     )
 
