@@ -33,6 +33,9 @@ install: .venv/.core ## make .venv with tljax and what the demo needs
 .venv/.reference: .venv/.test
 	@$(PIP) -e ".[reference]" && touch $@ || echo "torch, transformers, timm or peft could not be installed: tests that need them are left out" >&2
 
+.venv/.plan: .venv/.test
+	@$(PIP) -e ".[plan]" && touch $@ || echo "libtpu could not be installed: tests that compile for TPUs are left out" >&2
+
 .venv/.dev: .venv/.core
 	$(PIP) -e ".[dev]"
 	@touch $@
@@ -52,7 +55,7 @@ test: .venv/.test .venv/.reference ## the tests
 	@$(ASSETS) vit minilm $(GO_ON)
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
-test-slow: .venv/.test .venv/.reference ## the tests longer than 20 seconds each
+test-slow: .venv/.test .venv/.reference .venv/.plan ## the tests longer than 20 seconds each
 	@$(ASSETS) $(GO_ON)
 	@$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 

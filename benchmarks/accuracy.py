@@ -23,7 +23,8 @@ from tljax import demo
 from tljax.build import Experiment, build, open_parts
 from tljax.config import Config, parse
 from tljax.metrics import mean_interval
-from tljax.train import compile_step, score
+from tljax.plan import compile_step
+from tljax.train import score
 
 DENSE = tuple(f"params/blocks/**/{name}" for name in demo.DENSE)
 LORA = {"name": "lora", "targets": DENSE, "head_rate": 3.0}

@@ -32,10 +32,11 @@ from tljax.data.sources import Source
 from tljax.inference import open_finished
 from tljax.metrics import mean_interval
 from tljax.models import MODELS
+from tljax.plan import compile_step
 from tljax.source import RESULT
 from tljax.state import apply_edits
 from tljax.strategies import make
-from tljax.train import compile_step, score
+from tljax.train import score
 from tljax.tree import join
 
 Settings = dict[str, tuple[dict[str, Any], tuple[float, ...]]]

@@ -93,6 +93,8 @@ def missing(item: pytest.Item) -> str:
         absent = [n for n in ("torch", "transformers") if importlib.util.find_spec(n) is None]
         if absent:
             return f"{' and '.join(absent)} not installed (extra: reference)"
+    if item.get_closest_marker("libtpu") and importlib.util.find_spec("libtpu") is None:
+        return "libtpu not installed (extra: plan)"
     for marker in item.iter_markers("assets"):
         names = marker.args or DEFAULT_ASSETS
         absent = [n for n in names if not Path(os.environ["TLJAX_ASSETS"], n).is_dir()]

@@ -24,6 +24,7 @@ ORDER = [
     {"checkpoint", "data", "metrics", "objectives", "strategies"},
     {"evaluate", "proof", "source"},
     {"build", "pretrained"},
+    {"plan"},
     {"train"},
     {"exporter", "inference"},
     {"demo"},

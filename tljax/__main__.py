@@ -38,7 +38,8 @@ def make_parser() -> argparse.ArgumentParser:
     )
     train = add("train", "train, or go on with, a run in a folder", config)
     train.add_argument("--workdir", required=True, type=Path, help="folder of the run")
-    add("inspect", "print the tables and the plan of a config, without training", config)
+    inspect = add("inspect", "print the tables and the plan of a config, without training", config)
+    inspect.add_argument("--topology", help="plan for TPUs that are elsewhere, such as v5e:2x2")
     evaluate = add("eval", "evaluate a finished run again, or on other data with the same labels")
     evaluate.add_argument("workdir", type=Path, help="folder of the run")
     evaluate.add_argument("--data", help="another data set, image folder or text file")
@@ -78,19 +79,23 @@ def overrides_of(rest: Sequence[str], verb: str, parser: argparse.ArgumentParser
 def run(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
     """Do what the verb says."""
     # Imported late, so that --help and a misspelt verb answer at once.
-    from tljax import inference, train
+    from tljax import inference, plan, train
     from tljax.build import build, precision, read_config
     from tljax.checkpoint import to_json
 
     if arguments.verb in ("train", "inspect"):
         config = read_config(arguments.config, overrides)
         with precision(config):
-            experiment = build(config)
             if arguments.verb == "train":
+                experiment = build(config)
                 print(to_json(train.train(experiment, arguments.workdir, arguments.command)))
             else:
+                place = arguments.topology
+                experiment = build(config, devices=plan.devices_of(place) if place else None)
                 print(train.tables(experiment))
-                print(train.plan(experiment, train.compile_step(experiment)))
+                compiled = plan.compile_step(experiment)
+                cost = plan.cost_of(compiled, config.run.microbatches)
+                print(plan.describe(experiment, cost))
     elif arguments.verb == "eval":
         scores = inference.evaluate_run(arguments.workdir, arguments.split, arguments.data)
         print(to_json(scores))

@@ -5,7 +5,7 @@ import inspect
 import runpy
 import traceback
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -33,8 +33,8 @@ from tljax.tree import flatten, map_with_path, nearest, split
 from tljax.types import BadInput, Edit, Key, Rules, Tree
 from tljax.weights import Source
 
-DECIDED = {"parent", "name", "dtype", "num_classes", "mlm", "tokens", "tree", "last_read"}
-"""Arguments that the data, the task or the build decide: no option of a config."""
+DECIDED = {"parent", "name", "dtype", "remat", "num_classes", "mlm", "tokens", "tree", "last_read"}
+"""Arguments that the data, the task, the run or the build decide: no option of a config."""
 CHANCES = {"dropout", "drop_path"}
 CLASSES = ("head", "head_dist")
 POOLING = ("mlm", "pooler", "map", "projection")
@@ -195,7 +195,8 @@ def make_model(
         if size > rows:
             raise BadInput(f"the tokenizer has {size} tokens, the model's table {rows} rows")
     facts = {"name": name, "fields": fields, "task": pipeline.task, "labels": pipeline.labels}
-    model = kind(**fields, dtype=jnp.dtype(config.precision.compute))
+    run = {"dtype": jnp.dtype(config.precision.compute), "remat": config.run.remat}
+    model = kind(**fields, **run)
     return model, facts | {"preprocess": pipeline.preprocess}
 
 
@@ -245,9 +246,16 @@ def open_parts(config: Config) -> tuple[Source | None, Pipeline]:
     return source, pipeline
 
 
-def build(config: Config, parts: tuple[Source | None, Pipeline] | None = None) -> Experiment:
-    """Decide and check everything a run needs; raises BadInput before anything is compiled."""
-    mesh = sharding.make_mesh(**config.mesh.model_dump())
+def build(
+    config: Config,
+    parts: tuple[Source | None, Pipeline] | None = None,
+    devices: Sequence[jax.Device] | None = None,
+) -> Experiment:
+    """Decide and check everything a run needs; raises BadInput before anything is compiled.
+
+    devices: those of the mesh, also such as are only compiled for; all there are.
+    """
+    mesh = sharding.make_mesh(**config.mesh.model_dump(), devices=devices)
     sharding.check_batch(config.run.batch, mesh, config.run.microbatches)
     check_strategies(config)
     source, pipeline = parts or open_parts(config)

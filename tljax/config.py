@@ -104,6 +104,7 @@ class Run(Section):
     save_every: Positive | None = None  # steps; None: at the end only
     keep: Positive = 2  # checkpoints
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None  # decay of an average that evaluates
+    remat: bool = False  # each block runs again in the backward pass: less memory, 1/3 more FLOPs
     threads: Count = 4  # of the data loader
 
 

@@ -19,7 +19,8 @@ from tljax.checkpoint import write_json
 from tljax.config import Config, parse
 from tljax.metrics import mean_interval, wilson
 from tljax.optim import with_lr
-from tljax.train import advance, compile_step, human, score
+from tljax.plan import compile_step, human
+from tljax.train import advance, score
 from tljax.tree import join
 from tljax.types import BadInput, Tree
 

@@ -66,6 +66,12 @@ def constrain_batch(x: Array) -> Array:
     return jax.lax.with_sharding_constraint(x, P(("data", "fsdp")))
 
 
+def platform() -> str:
+    """Name what the program is compiled for: the ambient mesh's devices, else those there are."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return str(device.platform if device else jax.default_backend())
+
+
 class Dense(nn.Module):
     """Multiply the last axis by a kernel."""
 
@@ -131,7 +137,7 @@ class Conv(nn.Module):
             kernel = standardised(kernel.astype(jnp.float32), (0, 1, 2), 1e-10)
         # A step of ResNet-50 (8 images of 224, 2 cores): 3.5 s by XLA's convolutions, 2.4 s so.
         small = max(size) <= 3 or size == stride
-        by = conv_as_matmul if small and jax.default_backend() == "cpu" else conv_by_xla
+        by = conv_as_matmul if small and platform() == "cpu" else conv_by_xla
         convolve = partial(by, stride=stride, padding=self.padding)
         x = x.astype(self.dtype)
         x = x * along_last(rescale["in"], x) if "in" in rescale else x
@@ -424,19 +430,25 @@ class Blocks(nn.Module):
     make(i) builds block i and must name it str(i); a plain function, as Linen
     would adopt the module of a bound method.  Initialisation creates all of them, so that a
     whole pretrained file finds its place; afterwards those above `read` do not run.
+
+    remat: keep only what enters each block, and run it again in the backward pass.
+    Source: Chen et al. 2016, arXiv 1604.06174.
     """
 
     make: Callable[[int], nn.Module]
     depth: int
     read: str | None = None
+    remat: bool = False
 
     @nn.compact
     def __call__(self, x: Float[Array, "b ..."], *rest: Any) -> Float[Array, "b ..."]:
         last = last_block(self.read, self.depth)
+        run: Callable[..., Array] = lambda block, *inputs: block(*inputs)  # noqa: E731
+        run = nn.remat(run) if self.remat and not self.is_initializing() else run
         found, x, extra = x, constrain_batch(x), 0
         for index in range(self.depth if self.is_initializing() else last + 1):
             if (prompt := port(self, str(index)).get("prompt")) is not None:
                 x, extra = ports.in_front(prompt, x[:, extra:]), len(prompt)
-            x = constrain_batch(self.make(index)(x, *rest))
+            x = constrain_batch(run(self.make(index), x, *rest))
             found = x[:, extra:] if index == last else found
         return found

@@ -4,7 +4,7 @@ Models are single-device programs; `jit` with shardings (what `pjit` became) doe
 """
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,21 +21,24 @@ REPLICATED = P()
 BATCH = P(("data", "fsdp"))
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1) -> Mesh:
-    """Arrange all devices as (data, fsdp, tensor); one axis may be -1, meaning the rest.
+def make_mesh(
+    data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
+    """Arrange devices (all there are) as (data, fsdp, tensor); one axis may be -1, the rest.
 
     Raises: BadInput if the product is not the number of devices.
     """
-    devices = jax.device_count()
+    devices = jax.devices() if devices is None else devices
+    count = len(devices)
     try:
-        sizes = np.empty(devices).reshape(data, fsdp, tensor).shape
+        sizes = np.empty(count).reshape(data, fsdp, tensor).shape
     except ValueError:
         raise BadInput(
             f"mesh data={data}, fsdp={fsdp}, tensor={tensor} does not multiply to the "
-            f"{devices} devices there are; give sizes whose product is {devices}, or one -1"
+            f"{count} devices there are; give sizes whose product is {count}, or one -1"
         ) from None
     # Auto axes: jax.make_mesh defaults to Explicit ones, which type every array by its sharding.
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)
 
 
 def fsdp_spec(shape: tuple[int, ...], mesh: Mesh) -> P:

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from tljax.build import Experiment
 from tljax.checkpoint import Checkpoints, write_json, write_text
 from tljax.data.loader import prefetch_to_device
 from tljax.evaluate import evaluate
 from tljax.metrics import Logger, accumulate, averages, parameter_table, role_counts
+from tljax.plan import compile_step, cost_of, describe
 from tljax.sharding import put_batch
 from tljax.source import RECORD, RESULT, read_record
 from tljax.state import State
@@ -27,23 +27,6 @@ from tljax.types import BadInput, Tree
 PACKAGES = ("tljax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 METRICS, TABLES = "metrics.jsonl", "tables.txt"
 FREE = ("run/threads", "run/keep", "run/log_every")  # a run may go on with others: no bit changes
-UNITS = ("", "k", "M", "G", "T", "P")
-
-
-def compile_step(experiment: Experiment) -> jax.stages.Compiled:
-    """Compile the step ahead of time: the run's only compilation of it."""
-    batch = experiment.data.example_batch
-    placed = {
-        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=experiment.shardings.batch)
-        for name, leaf in batch.items()
-    }
-    return experiment.step.lower(*experiment.abstract, placed).compile()
-
-
-def human(number: float) -> str:
-    """Write a number with three digits and a decimal unit."""
-    power = int(np.clip(np.log10(max(number, 1)) // 3, 0, len(UNITS) - 1))
-    return f"{number / 1000**power:.3g} {UNITS[power]}"
 
 
 def tables(experiment: Experiment) -> str:
@@ -61,27 +44,6 @@ def summary(experiment: Experiment) -> str:
     if not loaded and len(frozen) > len(experiment.roles.unread):
         loaded = "no weights are loaded: what is frozen stays at random initialisation\n"
     return loaded + role_counts(experiment.tree, experiment.roles.tree, experiment.roles.unread)
-
-
-def size(tree: Any) -> int:
-    """Count the bytes of a tree of arrays or shapes."""
-    return sum(int(np.prod(leaf.shape)) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
-def plan(experiment: Experiment, compiled: jax.stages.Compiled) -> str:
-    """Say what a step costs, before the first one; FLOPs and temporaries are per device.
-
-    XLA counts a scan's body once, so with microbatches its count is multiplied by them.
-    """
-    state, frozen = experiment.abstract
-    flops = compiled.cost_analysis()["flops"] * experiment.config.run.microbatches
-    temporary = compiled.memory_analysis().temp_size_in_bytes
-    return (
-        f"plan: {human(flops)}FLOPs a step; bytes: trainable {human(size(state.params))}B, "
-        f"optimizer {human(size(state.opt))}B, frozen {human(size(frozen))}B, "
-        f"temporary {human(temporary)}B a device; {experiment.config.run.steps} steps of "
-        f"{experiment.config.run.batch} on {jax.device_count()} {jax.devices()[0].device_kind}"
-    )
 
 
 def begin(experiment: Experiment, checkpoints: Checkpoints) -> tuple[State, Tree]:
@@ -159,7 +121,7 @@ def train(experiment: Experiment, workdir: Path, command: str = "") -> dict[str,
     write_text(workdir / TABLES, tables(experiment) + "\n")
     print(f"{summary(experiment)}\nevery leaf: {workdir / TABLES}")
     compiled = compile_step(experiment)
-    print(plan(experiment, compiled), flush=True)
+    print(describe(experiment, cost_of(compiled, run.microbatches)), flush=True)
     began = time.perf_counter()
     with ExitStack() as stack:
         checkpoints = stack.enter_context(closing(Checkpoints(workdir / "checkpoints", run.keep)))

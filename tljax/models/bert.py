@@ -139,6 +139,7 @@ class Bert(nn.Module):
     tokens: bool = False
     dropout: float = 0.0
     drop_path: float = 0.0
+    remat: bool = False
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -160,7 +161,7 @@ class Bert(nn.Module):
         if prompt:
             mask = jnp.ones(input_ids.shape, bool) if mask is None else mask
             mask = in_front(jnp.ones(prompt, bool), mask)
-        x = layers.Blocks(make, self.depth, self.read, name="blocks")(x, mask)
+        x = layers.Blocks(make, self.depth, self.read, self.remat, name="blocks")(x, mask)
         first, x = x[:, 0], x[:, prompt:]
         pooled = self.pooled(first, x, mask if mask is None else mask[:, prompt:])
         if self.mlm:

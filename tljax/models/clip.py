@@ -59,6 +59,7 @@ class ClipText(nn.Module):
     read: str | None = None
     dropout: float = 0.0
     drop_path: float = 0.0
+    remat: bool = False
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -75,7 +76,7 @@ class ClipText(nn.Module):
         embed = TokenEmbed(self.vocab, self.positions, self.width, self.dtype, name="embed")
         mask = None if attention_mask is None else attention_mask.astype(bool)
         x = layers.Dropout(self.dropout)(embed(input_ids))
-        x = layers.Blocks(make, self.depth, self.read, name="blocks")(x, mask)
+        x = layers.Blocks(make, self.depth, self.read, self.remat, name="blocks")(x, mask)
         tokens = layers.LayerNorm(self.eps, self.dtype, name="norm")(x)
         end = jnp.argmax(input_ids if self.eot is None else input_ids == self.eot, axis=1)
         pooled = jnp.take_along_axis(tokens, end[:, None, None], axis=1)[:, 0]

@@ -142,6 +142,7 @@ class ResNet(nn.Module):
     momentum: float = 0.9
     read: str | None = None
     num_classes: int | None = None
+    remat: bool = False
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -164,7 +165,7 @@ class ResNet(nn.Module):
             return kind(*shape, conv, norm, name=str(index))
 
         x = self.stemmed(images, conv, norm, pre)
-        x = layers.Blocks(make, len(layout), self.read, name="blocks")(x)
+        x = layers.Blocks(make, len(layout), self.read, self.remat, name="blocks")(x)
         if pre and layers.last_block(self.read, len(layout)) == len(layout) - 1:
             x = jax.nn.relu(norm(name="norm")(x))
         elif pre and self.is_initializing():  # a block below has another width: only create it

@@ -184,6 +184,7 @@ class ViT(nn.Module):
     distilled_head: bool = False
     dropout: float = 0.0
     drop_path: float = 0.0
+    remat: bool = False
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -202,7 +203,7 @@ class ViT(nn.Module):
             return layers.PreNormBlock(*shape, **options, drop_path=drop_path, name=str(index))
 
         x = layers.Dropout(self.dropout)(self.embed(images, norm))
-        x = layers.Blocks(make, self.depth, self.read, name="blocks")(x)
+        x = layers.Blocks(make, self.depth, self.read, self.remat, name="blocks")(x)
         last = norm(name="norm")
         tokens, finish = (x, last) if self.norm_pooled else (last(x), lambda vector: vector)
         pooled = self.pooled(tokens, finish)
