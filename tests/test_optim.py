@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from tljax.optim import Group, decay_mask, make_tx, schedule, with_lr
+from tljax.optim import Group, decay_mask, make_tx, schedule, with_decay, with_lr
 from tljax.types import BadInput
 
 STEPS, WARMUP, LR = 50, 8, 0.02
@@ -191,6 +191,20 @@ def test_weight_decay_spares_vectors_tokens_and_positions():
 def test_a_dead_group_raises():
     with pytest.raises(BadInput, match="kernal"):
         ours(name="sgd", groups=(("kernal", Group(lr=0.5)),))
+
+
+def test_trials_of_the_decay_share_one_compilation_with_none():
+    params = jax.tree.map(jnp.float32, start())
+    grads = jax.tree.map(jnp.zeros_like, params)
+    tx = make_tx(params, name="sgd", lr=1.0, steps=10, momentum=0.0, decay=0.5)
+    update, opt = jax.jit(tx.update), jax.jit(tx.init)(params)
+    moves = [update(grads, with_decay(opt, decay), params)[0] for decay in (0.5, 0.0, 0.1)]
+    given, _ = update(grads, opt, params)
+    assert update._cache_size() == 1
+    for move, decay in zip(moves, (0.5, 0.0, 0.1), strict=True):
+        np.testing.assert_allclose(move["kernel"], -decay * params["kernel"], rtol=1e-6)
+        assert not np.any(move["bias"]) and not np.any(move["cls"])
+    np.testing.assert_array_equal(given["kernel"], moves[0]["kernel"])
 
 
 def test_trials_of_the_learning_rate_share_one_compilation():

@@ -76,28 +76,35 @@ def make_tx(
 ) -> optax.GradientTransformation:
     """Build the optimizer of the trainable tree `params` (arrays or shapes).
 
-    clip bounds the global norm of the trainable gradients, which are all there are.  The learning
-    rate is a leaf of the optimizer state (`with_lr`), so trials of it share one compilation.
+    clip bounds the global norm of the trainable gradients, which are all there are.  Learning
+    rate and decay are leaves of the optimizer state (`with_lr`, `with_decay`), so that trials of
+    them share one compilation.
     """
     # A factor for every leaf: python floats, fixed at trace time.
     rates = label(params, [(glob, float(group.lr)) for glob, group in groups], 1.0)
-    shares = label(params, [(glob, decay * group.decay) for glob, group in groups], decay)
+    shares = label(params, [(glob, float(group.decay)) for glob, group in groups], 1.0)
     shares = optax.tree.mul(decay_mask(params), shares)
 
-    def add_decay(updates: Tree, params: Tree) -> Tree:
+    def add_decay(weight_decay: jax.Array) -> optax.GradientTransformation:
         """Decouple weight decay from the direction, as Loshchilov & Hutter do."""
-        return jax.tree.map(lambda u, p, f: u + f * p if f else u, updates, params, shares)
+        add = lambda u, p, share: u + weight_decay * share * p if share else u  # noqa: E731
+        return optax.stateless(lambda updates, own: jax.tree.map(add, updates, own, shares))
 
     return optax.chain(
         optax.clip_by_global_norm(clip) if clip else optax.identity(),
         DIRECTIONS[name](beta1, beta2, eps, momentum),
-        optax.stateless(add_decay),
+        optax.inject_hyperparams(add_decay)(weight_decay=decay),
         optax.stateless(lambda updates, _: optax.tree.mul(updates, rates)),
         optax.scale_by_schedule(schedule(fall, steps, warmup)),
         optax.inject_hyperparams(optax.scale_by_learning_rate)(learning_rate=lr),
     )
 
 
-def with_lr(opt: Any, lr: float) -> Any:
+def with_lr(opt: Any, lr: float | jax.Array) -> Any:
     """Return the optimizer state with another peak learning rate."""
     return optax.tree_utils.tree_set(opt, learning_rate=jnp.asarray(lr, jnp.float32))
+
+
+def with_decay(opt: Any, decay: float | jax.Array) -> Any:
+    """Return the optimizer state with another weight decay."""
+    return optax.tree_utils.tree_set(opt, weight_decay=jnp.asarray(decay, jnp.float32))
