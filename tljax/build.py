@@ -19,7 +19,7 @@ import numpy as np
 from flax import linen as nn
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from tljax import objectives, optim, sharding
+from tljax import features, objectives, optim, sharding
 from tljax.config import Config, parse
 from tljax.data.pipeline import Pipeline, open_pipeline
 from tljax.edits.load import Report, load
@@ -161,6 +161,11 @@ class Experiment:
     predict: Callable[[Tree, Any], dict[str, jax.Array]]
     report: Report | None
     digest: str
+    model: nn.Module
+    cut: features.Cut | None
+    features: str
+    batch: Any
+    put: Callable[[Any], Any]
 
 
 def derived_fields(name: str, config: Config, pipeline: Pipeline) -> dict[str, Any]:
@@ -295,6 +300,11 @@ def build(
     shardings = make_shardings(mesh, specs, roles.tree, tx, abstract[0])
     with_sharding = jax.jit(birth, out_shardings=(shardings.state, shardings.frozen))
     predict = sharding.under(mesh, objectives.make_predict(task, model))
+    place_of = partial(features.find_cut, model, objective, predict, split(tree, roles.tree))
+    passes = examples_seen(config, len(pipeline.splits.validation))
+    mode, find = config.run.features, lambda: place_of(batch, key)
+    cut, how = features.decide(mode, pipeline, passes, find)
+    objective, predict = (features.filled(each, batch) for each in (objective, predict))
     return Experiment(
         config=config,
         facts=facts,
@@ -310,7 +320,19 @@ def build(
         predict=jax.jit(predict, out_shardings=shardings.scalar),
         report=report if loads else None,
         digest=source.digest() if source else "",
+        model=model,
+        cut=cut,
+        features=how,
+        batch=cut.batch if cut else batch,
+        put=lambda batch: sharding.put_batch(batch, mesh),
     )
+
+
+def examples_seen(config: Config, validation: int) -> int:
+    """Count the examples of a run's training and validation, each as often as it is read."""
+    run = config.run
+    evaluations = 1 + ((run.steps - 1) // run.eval_every if run.eval_every else 0)
+    return run.steps * run.batch + evaluations * validation
 
 
 def require_no_random_freeze(report: Report, roles: Roles) -> None:

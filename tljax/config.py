@@ -61,6 +61,7 @@ class Augment(Section):
     mixup: Rate = 0.0  # alpha of the Beta distribution; labels become soft
     cutmix: Rate = 0.0  # alpha; with both, one of the two is drawn for each batch
     smoothing: Fraction = 0.0  # label smoothing
+    views: Positive | None = None  # random versions of an image; None: one an epoch
 
 
 class Data(Section):
@@ -106,6 +107,8 @@ class Run(Section):
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None  # decay of an average that evaluates
     remat: bool = False  # each block runs again in the backward pass: less memory, 1/3 more FLOPs
     threads: Count = 4  # of the data loader
+    features: Literal["auto", "on", "off"] = "auto"  # compute what lies below a cut once
+    # (auto: where that is exact and saves passes; on: an error where it is not exact)
 
 
 class MeshShape(Section):

@@ -76,7 +76,8 @@ HEADER = (
 def configure(title: str, strategy: str, fast: bool) -> Config:
     """Return the config of one cell: its job's, with the strategy's options."""
     base, steps = (JOBS | FALLBACK)[title], 4 if fast else STEPS
-    run = {"steps": steps, "batch": BATCH}
+    # The cost of every strategy is compared: off, for each step to compute all that it reads.
+    run = {"steps": steps, "batch": BATCH, "features": "off"}
     optim = {"decay": 0.01, "warmup": steps // 10}
     chosen = {"name": strategy} | OPTIONS.get(strategy, {})
     data = base["data"] | ({"test": "test[:256]", "validation": 64} if fast else {})

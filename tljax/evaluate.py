@@ -28,14 +28,21 @@ def evaluate(
     Adds `n` (examples) and the 95 % interval of the primary metric, `<name>/low` and `<name>/high`.
     Every process must see equally many batches: the last ones are padded with invalid rows.
     """
-    # Batch n is fetched after batch n + 1 is dispatched: the device never waits.
-    ahead = prefetch_to_device(batches, lambda batch: _rows(predict(*args, batch), batch, task))
-    collected = [_fetch(rows) for rows in ahead]
-    rows = {name: np.concatenate([part[name] for part in collected]) for name in collected[0]}
+    rows = collect(predict, args, batches, task)
     scores = metrics.score(task, rows, names or ())
     name = next(iter(scores))
     low, high = interval(task, rows, names or ())
     return scores | {"n": len(next(iter(rows.values()))), f"{name}/low": low, f"{name}/high": high}
+
+
+def collect(
+    predict: Predict, args: Sequence[Any], batches: Iterable[Batch], task: str
+) -> dict[str, np.ndarray]:
+    """Return what the task's metrics read of the valid rows of all batches."""
+    # Batch n is fetched after batch n + 1 is dispatched: the device never waits.
+    ahead = prefetch_to_device(batches, lambda batch: _rows(predict(*args, batch), batch, task))
+    collected = [_fetch(rows) for rows in ahead]
+    return {name: np.concatenate([part[name] for part in collected]) for name in collected[0]}
 
 
 def interval(task: str, rows: Rows, names: Sequence[str]) -> tuple[float, float]:

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
 from tljax import ports
-from tljax.ports import along_last, dropped, port
+from tljax.ports import along_last, cut, dropped, port
 from tljax.tree import nearest
 from tljax.types import BadInput, Key
 
@@ -100,10 +100,13 @@ def chance(module: nn.Module) -> Key | None:
     return module.make_rng("dropout") if module.has_rng("dropout") else None
 
 
-def zero_head(classes: int | None, features: Features, name: str = "head") -> Projected | None:
+def zero_head(
+    module: nn.Module, classes: int | None, features: Features, name: str = "head"
+) -> Projected | None:
     """Apply a Dense of the calling module, which starts at zero and runs in float32."""
     if classes is None:
         return None
+    features = cut(module, name, features)
     return Dense(classes, kernel_init=nn.initializers.zeros, name=name)(features)
 
 
@@ -447,8 +450,9 @@ class Blocks(nn.Module):
         run = nn.remat(run) if self.remat and not self.is_initializing() else run
         found, x, extra = x, constrain_batch(x), 0
         for index in range(self.depth if self.is_initializing() else last + 1):
+            x = cut(self, f"before_{index}", x) if index and not extra else x
             if (prompt := port(self, str(index)).get("prompt")) is not None:
                 x, extra = ports.in_front(prompt, x[:, extra:]), len(prompt)
             x = constrain_batch(run(self.make(index), x, *rest))
             found = x[:, extra:] if index == last else found
-        return found
+        return cut(self, "end", found)

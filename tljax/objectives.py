@@ -30,17 +30,37 @@ def variables_of(tree: Tree) -> Tree:
     return {name: tree[name] for name in COLLECTIONS if tree.get(name) is not None}
 
 
-def forward(model: nn.Module, tree: Tree, batch: Batch, key: Key) -> tuple[Output, Tree]:
-    """Run a model as in training: dropout from `key`, BatchNorm statistics moved."""
-    variables, inputs = variables_of(tree), inputs_of(batch)
-    output, moved = model.apply(variables, *inputs, rngs={"dropout": key}, mutable=["batch_stats"])
+def collections_of(tree: Tree, batch: Batch) -> Tree:
+    """Return the variables of a model, and the activations that a batch brings in `cut`."""
+    return variables_of(tree) | ({"cut": batch["cut"]} if "cut" in batch else {})
+
+
+def forward(
+    model: nn.Module, tree: Tree, batch: Batch, key: Key, moving: tuple[str, ...] = ()
+) -> tuple[Output, Tree]:
+    """Run a model as in training: dropout from `key`, BatchNorm statistics moved.
+
+    moving: further collections that are mutable.
+    """
+    variables, mutable = collections_of(tree, batch), ["batch_stats", *moving]
+    output, moved = model.apply(
+        variables, *inputs_of(batch), rngs={"dropout": key}, mutable=mutable
+    )
     return output, moved
 
 
 def infer(model: nn.Module, tree: Tree, batch: Batch) -> Output:
     """Run a model as in evaluation, with the averaged parameters where the tree has them."""
-    output: Any = model.apply(variables_of(join(tree.get("ema"), tree)), *inputs_of(batch))
+    variables = collections_of(join(tree.get("ema"), tree), batch)
+    output: Any = model.apply(variables, *inputs_of(batch))
     return output
+
+
+def passing(model: nn.Module, tree: Tree, batch: Batch) -> dict[str, Array]:
+    """Return, by path, the activations that pass every cut in evaluation, in forward order."""
+    variables = collections_of(join(tree.get("ema"), tree), batch)
+    _, moved = model.apply(variables, *inputs_of(batch), mutable=["cut"])
+    return flatten(moved["cut"])
 
 
 def _objective(

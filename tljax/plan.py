@@ -57,11 +57,10 @@ def compile_step(experiment: Experiment) -> jax.stages.Compiled:
 
     Raises: BadInput if the compiler finds that a device has too little memory.
     """
-    batch = experiment.data.example_batch
-    placed = {
-        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=experiment.shardings.batch)
-        for name, leaf in batch.items()
-    }
+    where = experiment.shardings.batch
+    placed = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where), experiment.batch
+    )
     return compile_lowered(experiment.step.lower(*experiment.abstract, placed), experiment.mesh)
 
 
@@ -159,5 +158,6 @@ def describe(experiment: Experiment, cost: Cost) -> str:
         f"plan: {human(cost.flops)}FLOPs a step; bytes: trainable {human(size(state.params))}B, "
         f"optimizer {human(size(state.opt))}B, frozen {human(size(frozen))}B, "
         f"temporary {human(cost.temporary)}B{held} a device; {experiment.config.run.steps} steps "
-        f"of {experiment.config.run.batch} on {devices.size} {kind}"
+        f"of {experiment.config.run.batch} on {devices.size} {kind}; "
+        f"features {experiment.features}"
     )

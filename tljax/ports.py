@@ -15,6 +15,8 @@ The whole list of what a layer does because something is there:
 - a `dropout` rng: Dropout, DropPath and the dropout inside LoRA are on.
 - `batch_stats` mutable (and not initialising): BatchNorm uses the batch and updates its averages.
 - `fixed_stats/<norm>/{mean, var}`: that BatchNorm reads these instead, and updates nothing.
+- `cut/blocks/before_<i>` (i > 0, without prompts), `cut/blocks/end`, `cut/<head>` (its input):
+  replaces the activation there; where `cut` is mutable, what is not replaced is put there.
 - an ambient mesh with Auto axes `data` and `fsdp`: activations are pinned at block boundaries.
 """
 
@@ -38,6 +40,18 @@ ACTIVATIONS = {"relu": jax.nn.relu, "swish": jax.nn.swish}
 def port(module: nn.Module, name: str) -> Any:
     """Return what is grafted onto a module under a name, nothing if there is nothing."""
     return module.get_variable("params", name) if module.has_variable("params", name) else {}
+
+
+def cut(module: nn.Module, name: str, x: Array) -> Array:
+    """Return what the collection `cut` holds in place of x, else x, put there where it is mutable.
+
+    What computes a replaced x is dead code, which XLA removes: the model starts at the cut.
+    """
+    if module.has_variable("cut", name):
+        return module.get_variable("cut", name)
+    if module.is_mutable_collection("cut") and not module.is_initializing():
+        module.put_variable("cut", name, x)
+    return x
 
 
 def along_last(vector: Float[Array, " d"], like: Array) -> Array:

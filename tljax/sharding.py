@@ -80,6 +80,11 @@ def on(mesh: Mesh, spec_tree: Tree) -> Tree:
     return map_with_path(lambda _, spec: NamedSharding(mesh, spec), spec_tree)
 
 
+def stacked(where: NamedSharding) -> NamedSharding:
+    """Return the sharding of several such arrays in one: along the new first axis whole."""
+    return NamedSharding(where.mesh, P(None, *where.spec))
+
+
 def under(mesh: Mesh, function: Callable[..., Any]) -> Callable[..., Any]:
     """Trace a function with the mesh around it, so that layers can pin activations to its axes.
 
@@ -142,5 +147,6 @@ def check_batch(batch_size: int, mesh: Mesh, microbatches: int = 1) -> None:
 
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     """Assemble the global batch on the mesh from this process's part of it."""
-    sharding = NamedSharding(mesh, BATCH)
-    return {k: jax.make_array_from_process_local_data(sharding, v) for k, v in batch.items()}
+    here = NamedSharding(mesh, BATCH)
+    place = functools.partial(jax.make_array_from_process_local_data, here)
+    return jax.tree.map(place, dict(batch))

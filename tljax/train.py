@@ -4,25 +4,33 @@ import json
 import shutil
 import subprocess
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing
+from dataclasses import replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
+from tljax import features
 from tljax.build import Experiment
-from tljax.checkpoint import Checkpoints, write_json, write_text
+from tljax.checkpoint import Checkpoints, digest_of, write_json, write_text
 from tljax.data.loader import prefetch_to_device
+from tljax.data.sources import identity
 from tljax.evaluate import evaluate
+from tljax.layers import last_block
 from tljax.metrics import Logger, accumulate, averages, parameter_table, role_counts
+from tljax.objectives import passing
 from tljax.plan import compile_step, cost_of, describe
-from tljax.sharding import put_batch
+from tljax.sharding import under
 from tljax.source import RECORD, RESULT, read_record
 from tljax.state import State
-from tljax.tree import flatten, join
-from tljax.types import BadInput, Tree
+from tljax.tree import flatten, join, unflatten
+from tljax.types import BadInput, Batch, Tree
 
 PACKAGES = ("tljax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 METRICS, TABLES = "metrics.jsonl", "tables.txt"
@@ -58,8 +66,66 @@ def begin(experiment: Experiment, checkpoints: Checkpoints) -> tuple[State, Tree
     return checkpoints.restore(experiment.abstract[0]), frozen
 
 
+def activations(
+    experiments: Sequence[Experiment],
+) -> Callable[[Sequence[Tree], Batch], features.Columns]:
+    """Return what computes the columns of a table that serves experiments, from their trees.
+
+    They differ at most in the block they read: the deepest model runs, and the others begin at
+    their own last block with what it passes on.  Number i's column is `i/cut/..`.
+    """
+    lasts = [last_block(e.model.read, len(e.tree["params"]["blocks"])) for e in experiments]
+    deepest = int(np.argmax(lasts))
+    kept = {name for each in experiments for name in each.cut.batch if name != "cut"}
+    names = [[f"cut/{name}" for name in each.cut.names] for each in experiments]
+
+    def values(trees: Sequence[Tree], batch: Batch) -> features.Columns:
+        passed = passing(experiments[deepest].model, trees[deepest], batch)
+        columns = {name: batch[name] for name in kept}
+        for number, (each, last) in enumerate(zip(experiments, lasts, strict=True)):
+            at = "blocks/end" if last == lasts[deepest] else f"blocks/before_{last + 1}"
+            above = dict(batch) | ({"cut": {"blocks": {"end": passed[at]}}} if at in passed else {})
+            found = flatten({"cut": unflatten(passing(each.model, trees[number], above))})
+            columns |= {f"{number}/{name}": found[name] for name in names[number]}
+        return columns
+
+    return under(experiments[0].mesh, values)
+
+
+def from_features(experiments: Sequence[Experiment], trees: Sequence[Tree]) -> list[Experiment]:
+    """Compute what passes the cuts of experiments, in one pass, and let each read its own."""
+    first = experiments[0]
+    jitted = jax.jit(activations(experiments), out_shardings=first.shardings.batch)
+    described = lambda: [made_of(*one) for one in zip(experiments, trees, strict=True)]  # noqa: E731
+    table = features.compute(partial(jitted, trees), first.data, first.put, described)
+    ready = []
+    for number, each in enumerate(experiments):
+        own = {name.removeprefix(f"{number}/"): column for name, column in table.items()}
+        own = {name: column for name, column in own.items() if name in flatten(each.cut.batch)}
+        data, put = features.serve(own, each.data, each.mesh)
+        ready.append(replace(each, data=data, put=put))
+    return ready
+
+
+def made_of(experiment: Experiment, tree: Tree) -> dict[str, Any]:
+    """Describe everything that features depend on: equal descriptions, equal features."""
+    leaves = {path: leaf for path, leaf in flatten(tree).items() if path in experiment.cut.below}
+    tokenizer, config = experiment.data.tokenizer, experiment.config
+    return {
+        "leaves": digest_of(multihost_utils.process_allgather(leaves, tiled=True)),
+        "model": [experiment.facts[name] for name in ("name", "fields", "task", "preprocess")],
+        "cut": experiment.cut.names,
+        "data": identity(config.data),
+        "tokenizer": tokenizer.inner.to_str() if tokenizer else None,
+        "seed": config.seed if config.data.augment.views else None,
+        "precision": config.precision.model_dump(),
+        "device": jax.devices()[0].device_kind,
+        "versions": {package: version(package) for package in PACKAGES},
+    }
+
+
 def advance(
-    experiment: Experiment, compiled: jax.stages.Compiled, born: tuple[State, Tree], start: int = 0
+    experiment: Experiment, compiled: Callable[..., Any], born: tuple[State, Tree], start: int = 0
 ) -> Iterator[tuple[int, State, dict[str, jax.Array]]]:
     """Yield (step, state, metrics) after every step; nothing waits for the device.
 
@@ -67,7 +133,7 @@ def advance(
     """
     state, frozen = born
     host = experiment.data.train_batches(start)
-    batches = prefetch_to_device(host, lambda batch: put_batch(batch, experiment.mesh))
+    batches = prefetch_to_device(host, experiment.put)
     for step in range(start + 1, experiment.config.run.steps + 1):
         state, metrics = compiled(state, frozen, next(batches))
         yield step, state, metrics
@@ -75,7 +141,7 @@ def advance(
 
 def score(experiment: Experiment, tree: Tree, split: str) -> dict[str, float]:
     """Evaluate a whole tree on the validation or test split, exactly."""
-    put = (put_batch(batch, experiment.mesh) for batch in experiment.data.eval_batches(split))
+    put = map(experiment.put, experiment.data.eval_batches(split))
     names = experiment.data.labels
     return evaluate(experiment.predict, (tree,), put, experiment.data.task, names)
 
@@ -120,12 +186,15 @@ def train(experiment: Experiment, workdir: Path, command: str = "") -> dict[str,
         return dict(json.loads((workdir / RESULT).read_text()))
     write_text(workdir / TABLES, tables(experiment) + "\n")
     print(f"{summary(experiment)}\nevery leaf: {workdir / TABLES}")
-    compiled = compile_step(experiment)
-    print(describe(experiment, cost_of(compiled, run.microbatches)), flush=True)
     began = time.perf_counter()
     with ExitStack() as stack:
         checkpoints = stack.enter_context(closing(Checkpoints(workdir / "checkpoints", run.keep)))
         born, frozen = begin(experiment, checkpoints)
+        if experiment.cut:
+            print(f"features {experiment.features}", flush=True)
+            [experiment] = from_features([experiment], [join(born.params, born.track, frozen)])
+        compiled = compile_step(experiment)
+        print(describe(experiment, cost_of(compiled, run.microbatches)), flush=True)
         start, state = int(born.step), born
         logger = stack.enter_context(closing(Logger(workdir, run.steps, resumed=start or None)))
         intervals = Intervals(logger, run.log_every, run.steps)

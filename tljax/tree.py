@@ -1,4 +1,4 @@
-"""One path language over nested dicts: label, split, join, edit, unread.
+"""One path language over nested dicts: label, split, join, edit, unread, reads.
 
 A path joins the keys from the root to a leaf or subtree with "/".  A glob is a path in which `*`
 stands for anything within one segment and `**` for any number of whole segments:
@@ -158,8 +158,23 @@ def unread(objective: Objective, parts: Parts, batch: Batch, key: Key) -> list[s
         terms, _ = objective(join(train, track, freeze), batch, key)
         return sum(term.weight * term.sum / term.count for term in terms.values())
 
-    traced = jax.make_jaxpr(total)(*parts, batch, key).jaxpr
-    # dce_jaxpr is semi-public: this is the only place that knows it.
-    _, used = partial_eval.dce_jaxpr(traced, [True] * len(traced.outvars))
-    paths = jax.tree.leaves(map_with_path(lambda path, _: path, parts.train))
-    return [path for path, is_used in zip(paths, used, strict=False) if not is_used]
+    train, *_ = reads(total, *parts, batch, key)
+    return [path for path, is_read in flatten(train).items() if not is_read]
+
+
+def reads(function: Callable[..., Any], *args: Any) -> Tree:
+    """Tell for every output of a function which leaves of its arguments it depends on.
+
+    Returns the structure of the output, in place of each leaf the structure of `args`, of bools.
+    Works on shapes alone; what dead-code elimination leaves in place counts as read.
+    """
+    traced, output = jax.make_jaxpr(function, return_shape=True)(*args)
+    inputs, count = jax.tree.structure(args), len(jax.tree.leaves(output))
+
+    def read_by(index: int) -> Tree:
+        wanted = [index == other for other in range(count)]
+        # dce_jaxpr is semi-public: this is the only place that knows it.
+        _, used = partial_eval.dce_jaxpr(traced.jaxpr, wanted)
+        return jax.tree.unflatten(inputs, used)
+
+    return jax.tree.unflatten(jax.tree.structure(output), map(read_by, range(count)))

@@ -166,9 +166,10 @@ class MixImages:
     def __call__(self, batch: dict, rng: Rng) -> dict:
         """Replace the image and the label of a batch."""
         mixup, cutmix = self.augment.mixup, self.augment.cutmix
-        image, label = batch["image"], soften(batch["label"], self.classes, self.augment.smoothing)
+        label = soften(batch["label"], self.classes, self.augment.smoothing)
         if not (mixup or cutmix):
             return {**batch, "label": label}
+        image = batch["image"]
         if len(image) % 2:
             raise BadInput(f"mixup and cutmix pair rows: {len(image)} rows a process are odd")
         partner = np.arange(len(image)) ^ 1

@@ -1,5 +1,6 @@
 """In which order examples are seen: batches as a pure function of (seed, step)."""
 
+import functools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -8,13 +9,13 @@ from typing import Any
 import grain
 import numpy as np
 
-from tljax.data.sources import Source
+from tljax.data.sources import Source, stacked
 from tljax.types import BadInput, Batch
 
 Transform = Callable[[dict, np.random.Generator], dict]
 Prepare = Callable[[dict], dict]
 _FOREVER = 2**40  # steps; grain wants a length
-_ORDER, _EXAMPLE, _BATCH, _EVALUATION = range(4)  # first word of a stream's seed: what it is for
+_ORDER, _EXAMPLE, _BATCH, _EVALUATION, _VIEW = range(5)  # first word of a stream's seed
 
 
 class Cached(Source):
@@ -39,6 +40,27 @@ class Cached(Source):
         for i, row in zip(missing, self._parent.__getitems__(missing), strict=True):
             self._memory[i] = self._before(row)
         return [self._after(self._memory[i]) for i in indices]
+
+
+@dataclass(frozen=True)
+class Versions(Source):
+    """Every version of every example: row j is view j // n of example j % n, drawn by both."""
+
+    parent: Source
+    transform: Transform | None
+    seed: int
+    views: int = 1
+
+    def __len__(self) -> int:
+        return self.views * len(self.parent)
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        places = [divmod(int(j), len(self.parent)) for j in indices]
+        rows = self.parent.__getitems__([i for _, i in places])
+        if self.transform is None:
+            return rows
+        seeds = [(_VIEW, self.seed, i, view) for view, i in places]
+        return _transformed(rows, self.transform, seeds)
 
 
 def _nbytes(example: dict) -> int:
@@ -71,20 +93,28 @@ class Loader:
         seed: int,
         mix: Transform | None = None,
         start: int = 0,
+        views: int = 1,
     ) -> Iterator[Batch]:
         """Yield batches without end, from any step at once.
 
         Row j of step s stands at position s * size + j of an endless row of epochs, each in its
         own order; its transform draws from a generator of (seed, position), `mix` from one of
-        (seed, step).
+        (seed, step).  views: the source holds all examples so many times, and epoch e reads the
+        (e mod views)-th of them.
         """
-        # Hashed, because grain's epoch e of seed s has the order of epoch e - 1 of seed s + 1.
-        order_seed = int(np.random.SeedSequence([_ORDER, seed]).generate_state(1)[0])
-        order = grain.MapDataset.range(len(source)).shuffle(seed=order_seed).repeat()
+        count = len(source) // views
+
+        # A whole epoch at once: one by one, a batch of cached features would wait for its numbers.
+        @functools.lru_cache(maxsize=2)
+        def order(epoch: int) -> np.ndarray:
+            drawn = np.random.default_rng([_ORDER, seed, epoch]).permutation(count)
+            return drawn + epoch % views * count
 
         def build(step: int) -> Batch:
             positions = self._positions(step)
-            indices = [int(order[p]) for p in positions]
+            epochs, places = np.divmod(np.asarray(positions), count)
+            parts = [order(int(e))[places[epochs == e]] for e in np.unique(epochs)]
+            indices = np.concatenate(parts).tolist()
             seeds = [(_EXAMPLE, seed, p) for p in positions]
             batch = _stack(source, transform, indices, seeds)
             return mix(batch, np.random.default_rng([_BATCH, seed, step])) if mix else batch
@@ -131,7 +161,10 @@ def prefetch_to_device(batches: Iterable[Batch], put: Callable[[Batch], Any]) ->
 def _stack(
     source: Source, transform: Transform | None, indices: list[int], seeds: list[tuple]
 ) -> dict[str, np.ndarray]:
-    rows = source.__getitems__(indices)
-    if transform:
-        rows = [transform(r, np.random.default_rng(s)) for r, s in zip(rows, seeds, strict=True)]
-    return {key: np.stack([row[key] for row in rows]) for key in rows[0]}
+    if transform is None:
+        return source.stack(indices)
+    return stacked(_transformed(source.__getitems__(indices), transform, seeds))
+
+
+def _transformed(rows: list[dict], transform: Transform, seeds: list[tuple]) -> list[dict]:
+    return [transform(r, np.random.default_rng(s)) for r, s in zip(rows, seeds, strict=True)]

@@ -10,7 +10,7 @@ import jax
 
 from tljax.config import Augment, Data
 from tljax.data.augment import MixImages, TransformImage
-from tljax.data.loader import Cached, Loader, Transform
+from tljax.data.loader import Cached, Loader, Transform, Versions
 from tljax.data.sources import Info, Rows, Source, Splits, open_data
 from tljax.data.tokens import MaskTokens, Tokenizer, encode, encode_alike, pack, train_wordpiece
 from tljax.data.transforms import Preprocess, fit
@@ -32,12 +32,16 @@ class Inputs:
 
 @dataclass(frozen=True, kw_only=True)
 class Pipeline(Inputs):
-    """Batches of each part of a data set, and what a model must know about them."""
+    """Batches of each part of a data set, and what a model must know about them.
+
+    versions: all that training reads, if its inputs repeat: every view of every example.
+    """
 
     splits: Splits
     seed: int
     train_transform: Transform | None
     mix: Transform | None = None
+    versions: Source | None = None
 
     @property
     def labels(self) -> tuple[str, ...] | None:
@@ -47,7 +51,10 @@ class Pipeline(Inputs):
     def train_batches(self, start: int = 0) -> Iterator[Batch]:
         """Yield this process's training batches without end, from any step at once."""
         source, transform = self.splits.train, self.train_transform
-        return self.loader.train(source, transform, self.seed, self.mix, start)
+        if self.versions is None:
+            return self.loader.train(source, transform, self.seed, self.mix, start)
+        views = len(self.versions) // len(source)
+        return self.loader.train(self.versions, None, self.seed, self.mix, start, views)
 
     def eval_batches(self, split: str) -> Iterator[Batch]:
         """Yield every example of the validation or test part once, padded at the end."""
@@ -97,9 +104,14 @@ def _images(data: Data, splits: Splits, preprocess: Preprocess, common: Any) -> 
     fitted = partial(fit, size=size, preprocess=preprocess)
     train = Cached(splits.train, None if augment.crop_scale else fitted)  # a crop wants it whole
     validation, test = Cached(splits.validation, fitted), Cached(splits.test, fitted)
+    transform = _transform(size, augment, preprocess)
+    drawn = augment.crop_scale or augment.flip or augment.randaugment or augment.erase
+    views = augment.views if drawn else 1
+    repeats = views is not None and not (augment.mixup or augment.cutmix)
     return Pipeline(
         splits=Splits(train, validation, test, splits.info),
-        train_transform=_transform(size, augment, preprocess),
+        train_transform=transform,
+        versions=Versions(train, transform, common["seed"], views) if repeats else None,
         eval_transform=_transform(size, Augment(), preprocess),
         mix=MixImages(len(splits.info.names), augment) if softens else None,
         preprocess=asdict(preprocess.at(size)),
@@ -124,10 +136,12 @@ def _texts(data: Data, splits: Splits, vocabulary: Path | None, common: Any) -> 
     else:
         train, validation, test = encode_alike(splits[:3], tokenizer)
         info, transform = splits.info, None
+    cached = Cached(train)
     return Pipeline(
-        splits=Splits(Cached(train), Cached(validation), Cached(test), info),
+        splits=Splits(cached, Cached(validation), Cached(test), info),
         train_transform=transform,
         eval_transform=transform,
+        versions=None if transform else Versions(cached, None, common["seed"]),
         preprocess={},
         tokenizer=tokenizer,
         **common,

@@ -77,6 +77,15 @@ class Source:
         """Read several examples, which some files do much faster than one by one."""
         return [self[int(i)] for i in indices]
 
+    def stack(self, indices: Sequence[int]) -> dict[str, np.ndarray]:
+        """Read several examples as one batch."""
+        return stacked(self.__getitems__(indices))
+
+
+def stacked(rows: Sequence[dict[str, Any]]) -> dict[str, np.ndarray]:
+    """Make one batch of examples."""
+    return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+
 
 class Splits(NamedTuple):
     """Three disjoint parts of a data set."""
@@ -177,6 +186,27 @@ class Rows(Source):
         return example if self.labels is None else example | {"label": self.labels[index]}
 
 
+def cache_folder() -> Path:
+    """Return the folder of what is computed from data and kept."""
+    return Path(os.environ.get("TLJAX_DATA") or Path.home() / ".cache" / "tljax")
+
+
+def prepared_folder() -> Path:
+    """Return the folder of prepared TFDS data."""
+    chosen = os.environ.get("TFDS_DATA_DIR") or os.environ.get("TLJAX_DATA")
+    return Path(chosen) if chosen else cache_folder() / "tfds"
+
+
+def identity(data: Data) -> dict[str, Any]:
+    """Describe what is read: the config, and name, size and time of every file behind it."""
+    own, plain = data.name.replace("/", "_"), data.name.removeprefix("tfds:").partition(":")[0]
+    prepared = prepared_folder() / (own if data.name in BUILDERS else plain)
+    place = Path(data.name) if Path(data.name).exists() else prepared
+    files = sorted(path for path in (place, *place.rglob("*")) if path.is_file())
+    stamps = [(str(path), path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return {"config": data.model_dump(mode="json"), "files": stamps}
+
+
 def open_data(data: Data, task: str | None = None) -> Splits:
     """Open a data set as three disjoint parts, for a task or for the one that its labels imply.
 
@@ -262,8 +292,7 @@ def _carve(source: Source, amount: float | int, seed: int) -> tuple[Subset, Subs
 def _open_tfds(data: Data, task: str | None) -> tuple[dict[str, Source], Info]:
     make, plain = BUILDERS.get(data.name), data.name.replace("/", "_")  # tfds wants a plain name
     wanted = f"{plain}:{Local.VERSION}" if make else data.name.removeprefix("tfds:")
-    chosen = os.environ.get("TFDS_DATA_DIR") or os.environ.get("TLJAX_DATA")
-    folder = Path(chosen) if chosen else Path.home() / ".cache" / "tljax" / "tfds"
+    folder = prepared_folder()
     try:
         builder = tfds.core.read_only_builder.builder_from_files(wanted, data_dir=folder)
     except tfds.core.DatasetNotFoundError as error:

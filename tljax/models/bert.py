@@ -168,7 +168,7 @@ class Bert(nn.Module):
             head = MaskedLanguageHead(self.vocab, self.eps, self.activation, self.dtype, name="mlm")
             return Output(x, pooled, head(x, embed))
         features = layers.Dropout(self.dropout)(x if self.tokens else pooled)
-        return Output(x, pooled, layers.zero_head(self.num_classes, features))
+        return Output(x, pooled, layers.zero_head(self, self.num_classes, features))
 
     def pooled(
         self, first: Float[Array, "b d"], x: Tokens, mask: Bool[Array, "b l"] | None

@@ -172,7 +172,7 @@ class ResNet(nn.Module):
             norm(name="norm")(jnp.zeros((1, 1, 1, self.channels(len(self.stages) - 1)[-1])))
         pooled = x.mean((1, 2), dtype=jnp.float32)
         tokens = rearrange(x, "b h w d -> b (h w) d")
-        return Output(tokens, pooled, layers.zero_head(self.num_classes, pooled))
+        return Output(tokens, pooled, layers.zero_head(self, self.num_classes, pooled))
 
     def stemmed(
         self,

@@ -273,10 +273,10 @@ class ViT(nn.Module):
         self, pooled: Pooled, tokens: Tokens, finish: Callable[[Array], Array]
     ) -> Float[Array, "b c"] | None:
         """Apply the head, or the two heads of a distilled model."""
-        logits = layers.zero_head(self.num_classes, pooled)
+        logits = layers.zero_head(self, self.num_classes, pooled)
         if logits is None or not self.distilled_head:
             return logits
         if not self.distilled:
             raise BadInput("distilled_head=True reads the distillation token: set distilled=True")
         second = finish(tokens[:, self.first.index("dist")])
-        return (logits + layers.zero_head(self.num_classes, second, "head_dist")) / 2
+        return (logits + layers.zero_head(self, self.num_classes, second, "head_dist")) / 2
