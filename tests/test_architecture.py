@@ -22,11 +22,11 @@ ORDER = [
     {"edits", "models", "step"},
     {"weights"},
     {"checkpoint", "data", "metrics", "objectives", "strategies"},
-    {"evaluate", "proof", "source"},
+    {"evaluate", "features", "proof", "source"},
     {"build", "pretrained"},
     {"plan"},
     {"train"},
-    {"exporter", "inference"},
+    {"exporter", "inference", "sweep"},
     {"demo"},
     {"__main__"},
 ]

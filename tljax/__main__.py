@@ -10,6 +10,7 @@ from pathlib import Path
 EXAMPLES = """examples:
   tljax train --config=configs/digits.py --workdir=runs/digits
   tljax train --config=configs/fashion_dinov2.py:lora --workdir=runs/lora --config.optim.lr=1e-3
+  tljax sweep --config=configs/fashion_dinov2.py:probe --lr=1e-3,1e-2 --workdir=runs/probe
   tljax eval runs/lora --data=fashion
   tljax predict runs/lora photos/ --out=preds.jsonl
   tljax export runs/digits exported --to=timm
@@ -40,6 +41,11 @@ def make_parser() -> argparse.ArgumentParser:
     train.add_argument("--workdir", required=True, type=Path, help="folder of the run")
     inspect = add("inspect", "print the tables and the plan of a config, without training", config)
     inspect.add_argument("--topology", help="plan for TPUs that are elsewhere, such as v5e:2x2")
+    sweep = add("sweep", "train many heads on features computed once; keep the best", config)
+    sweep.add_argument("--lr", required=True, help="peak learning rates: 1e-3,1e-2")
+    sweep.add_argument("--decay", default="0", help="weight decays (default: 0)")
+    sweep.add_argument("--read", help="blocks to read: blocks/5,blocks/8 (default: the config's)")
+    sweep.add_argument("--workdir", required=True, type=Path, help="a new folder, of the best run")
     evaluate = add("eval", "evaluate a finished run again, or on other data with the same labels")
     evaluate.add_argument("workdir", type=Path, help="folder of the run")
     evaluate.add_argument("--data", help="another data set, image folder or text file")
@@ -70,7 +76,7 @@ def overrides_of(rest: Sequence[str], verb: str, parser: argparse.ArgumentParser
         key, equals, value = word.removeprefix("--config.").partition("=")
         if not word.startswith("--config.") or not equals:
             parser.error(f"unknown argument {word}; a config key is set by --config.KEY=VALUE")
-        if verb not in ("train", "inspect"):
+        if verb not in ("train", "inspect", "sweep"):
             parser.error(f"{word}: {verb} reads the config that the run was trained with")
         found[key] = value
     return found
@@ -96,6 +102,14 @@ def run(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
                 compiled = plan.compile_step(experiment)
                 cost = plan.cost_of(compiled, config.run.microbatches)
                 print(plan.describe(experiment, cost))
+    elif arguments.verb == "sweep":
+        from tljax import sweep
+
+        lists = sweep.read_lists(arguments.lr, arguments.decay, arguments.read)
+        config = read_config(arguments.config, overrides)
+        with precision(config):
+            best = sweep.sweep(config, *lists, arguments.workdir, arguments.command)
+        print(to_json(best))
     elif arguments.verb == "eval":
         scores = inference.evaluate_run(arguments.workdir, arguments.split, arguments.data)
         print(to_json(scores))
