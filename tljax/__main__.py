@@ -44,6 +44,10 @@ def make_parser() -> argparse.ArgumentParser:
     evaluate.add_argument("workdir", type=Path, help="folder of the run")
     evaluate.add_argument("--data", help="another data set, image folder or text file")
     evaluate.add_argument("--split", default="test", choices=("validation", "test"))
+    fisher = add("fisher", "estimate a run's Fisher information, for strategy ewc")
+    fisher.add_argument("workdir", type=Path, help="folder of the run")
+    fisher.add_argument("--examples", type=int, help="so many of its training examples (all)")
+    fisher.add_argument("--labels", default="sampled", help="sampled (default), expected or true")
     predict = add("predict", "label images or texts with a finished run")
     predict.add_argument("workdir", type=Path, help="folder of the run")
     predict.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="files or folders")
@@ -99,6 +103,10 @@ def run(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
     elif arguments.verb == "eval":
         scores = inference.evaluate_run(arguments.workdir, arguments.split, arguments.data)
         print(to_json(scores))
+    elif arguments.verb == "fisher":
+        from tljax.fisher import fisher_run
+
+        print(fisher_run(arguments.workdir, arguments.examples, arguments.labels))
     elif arguments.verb == "predict":
         count = inference.predict_run(arguments.workdir, arguments.paths, arguments.out)
         print(f"{count} predictions in {arguments.out}")

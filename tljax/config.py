@@ -28,6 +28,7 @@ def _whole_or_share(value: int | float) -> int | float:
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(ge=0)]
+Above = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Amount = Annotated[int | float, Field(gt=0), AfterValidator(_whole_or_share)]
 Share = Annotated[float, Field(gt=0, le=1)]
