@@ -28,7 +28,7 @@ ORDER = [
     {"plan"},
     {"train"},
     {"exporter", "inference"},
-    {"demo"},
+    {"demo", "soup"},
     {"__main__"},
 ]
 RANK = {name: rank for rank, names in enumerate(ORDER) for name in names}

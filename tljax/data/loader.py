@@ -8,13 +8,13 @@ from typing import Any
 import grain
 import numpy as np
 
-from tljax.data.sources import Source
+from tljax.data.sources import Joined, Source
 from tljax.types import BadInput, Batch
 
 Transform = Callable[[dict, np.random.Generator], dict]
 Prepare = Callable[[dict], dict]
 _FOREVER = 2**40  # steps; grain wants a length
-_ORDER, _EXAMPLE, _BATCH, _EVALUATION = range(4)  # first word of a stream's seed: what it is for
+_ORDER, _EXAMPLE, _BATCH, _EVALUATION, _REPLAY = range(5)  # first word of a stream's seed
 
 
 class Cached(Source):
@@ -71,20 +71,32 @@ class Loader:
         seed: int,
         mix: Transform | None = None,
         start: int = 0,
+        replay: Source | None = None,
+        share: float = 0.0,
     ) -> Iterator[Batch]:
         """Yield batches without end, from any step at once.
 
         Row j of step s stands at position s * size + j of an endless row of epochs, each in its
         own order; its transform draws from a generator of (seed, position), `mix` from one of
-        (seed, step).
+        (seed, step).  replay: this share of every batch, in whole rows, stands in such a row of
+        its own, spread evenly.
         """
-        # Hashed, because grain's epoch e of seed s has the order of epoch e - 1 of seed s + 1.
-        order_seed = int(np.random.SeedSequence([_ORDER, seed]).generate_state(1)[0])
-        order = grain.MapDataset.range(len(source)).shuffle(seed=order_seed).repeat()
+        order, older = _order(len(source), _ORDER, seed), None
+        if replay is not None:
+            older, source = _order(len(replay), _REPLAY, seed), Joined(source, replay)
+            own, rows = len(source.first), round(share * self.size)
+            if not 0 < rows < self.size:
+                raise BadInput(f"replay.share={share} of {self.size} rows is none, or all of them")
+
+        def index(position: int) -> int:
+            if older is None:
+                return int(order[position])
+            before, after = (p * rows // self.size for p in (position, position + 1))
+            return own + int(older[before]) if after > before else int(order[position - before])
 
         def build(step: int) -> Batch:
             positions = self._positions(step)
-            indices = [int(order[p]) for p in positions]
+            indices = [index(p) for p in positions]
             seeds = [(_EXAMPLE, seed, p) for p in positions]
             batch = _stack(source, transform, indices, seeds)
             return mix(batch, np.random.default_rng([_BATCH, seed, step])) if mix else batch
@@ -126,6 +138,13 @@ def prefetch_to_device(batches: Iterable[Batch], put: Callable[[Batch], Any]) ->
         if len(waiting) > 1:
             yield waiting.popleft()
     yield from waiting
+
+
+def _order(count: int, stream: int, seed: int) -> grain.MapDataset:
+    """Return the numbers below `count` in an endless row of epochs, each in its own order."""
+    # Hashed, because grain's epoch e of seed s has the order of epoch e - 1 of seed s + 1.
+    drawn = int(np.random.SeedSequence([stream, seed]).generate_state(1)[0])
+    return grain.MapDataset.range(count).shuffle(seed=drawn).repeat()
 
 
 def _stack(

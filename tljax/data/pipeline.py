@@ -11,7 +11,7 @@ import jax
 from tljax.config import Augment, Data
 from tljax.data.augment import MixImages, TransformImage
 from tljax.data.loader import Cached, Loader, Transform
-from tljax.data.sources import Info, Rows, Source, Splits, open_data
+from tljax.data.sources import Info, Rows, Source, Splits, open_data, open_replay
 from tljax.data.tokens import MaskTokens, Tokenizer, encode, encode_alike, pack, train_wordpiece
 from tljax.data.transforms import Preprocess, fit
 from tljax.types import BadInput, Batch
@@ -38,6 +38,8 @@ class Pipeline(Inputs):
     seed: int
     train_transform: Transform | None
     mix: Transform | None = None
+    replay: Source | None = None
+    share: float = 0.0  # of every training batch, from the replay
 
     @property
     def labels(self) -> tuple[str, ...] | None:
@@ -47,7 +49,8 @@ class Pipeline(Inputs):
     def train_batches(self, start: int = 0) -> Iterator[Batch]:
         """Yield this process's training batches without end, from any step at once."""
         source, transform = self.splits.train, self.train_transform
-        return self.loader.train(source, transform, self.seed, self.mix, start)
+        older = self.replay, self.share
+        return self.loader.train(source, transform, self.seed, self.mix, start, *older)
 
     def eval_batches(self, split: str) -> Iterator[Batch]:
         """Yield every example of the validation or test part once, padded at the end."""
@@ -81,27 +84,35 @@ def open_pipeline(
 
     Raises: BadInput for data that are not there, or a task that their labels do not fit.
     """
-    splits = open_data(data, task)
+    splits, older = open_data(data, task), None
+    if data.replay:
+        older, info = open_replay(data, splits)
+        splits = splits._replace(info=info)
     loader = Loader(batch, threads, jax.process_index(), jax.process_count())
     common = {"task": task or splits.info.task or "mlm", "seed": seed, "loader": loader}
+    common["share"] = data.replay.share if data.replay else 0.0
     if splits.info.kind == "image":
-        return _images(data, splits, Preprocess.read(preprocess), common)
-    return _texts(data, splits, tokenizer, common)
+        return _images(data, splits, older, Preprocess.read(preprocess), common)
+    return _texts(data, splits, older, tokenizer, common)
 
 
-def _images(data: Data, splits: Splits, preprocess: Preprocess, common: Any) -> Pipeline:
+def _images(
+    data: Data, splits: Splits, older: Source | None, preprocess: Preprocess, common: Any
+) -> Pipeline:
     size, augment = data.image_size, data.augment
     softens = augment.mixup or augment.cutmix or augment.smoothing
     if softens and common["task"] != "classify":
         raise BadInput(f"mixup, cutmix and smoothing are for classify, not {common['task']}")
     fitted = partial(fit, size=size, preprocess=preprocess)
-    train = Cached(splits.train, None if augment.crop_scale else fitted)  # a crop wants it whole
+    prepare = None if augment.crop_scale else fitted  # a crop wants it whole
+    train, older = (source and Cached(source, prepare) for source in (splits.train, older))
     validation, test = Cached(splits.validation, fitted), Cached(splits.test, fitted)
     return Pipeline(
         splits=Splits(train, validation, test, splits.info),
         train_transform=_transform(size, augment, preprocess),
         eval_transform=_transform(size, Augment(), preprocess),
         mix=MixImages(len(splits.info.names), augment) if softens else None,
+        replay=older,
         preprocess=asdict(preprocess.at(size)),
         **common,
     )
@@ -111,7 +122,9 @@ def _transform(size: int, augment: Augment, source: Preprocess) -> TransformImag
     return TransformImage(size, augment, source.mean, source.std, source.interpolation)
 
 
-def _texts(data: Data, splits: Splits, vocabulary: Path | None, common: Any) -> Pipeline:
+def _texts(
+    data: Data, splits: Splits, older: Source | None, vocabulary: Path | None, common: Any
+) -> Pipeline:
     if vocabulary is not None:
         tokenizer = Tokenizer.from_file(vocabulary, data.length)
     else:
@@ -122,12 +135,15 @@ def _texts(data: Data, splits: Splits, vocabulary: Path | None, common: Any) -> 
         train, validation, test = (pack(part, tokenizer, data.length) for part in splits[:3])
         info, transform = Info("text"), MaskTokens(tokenizer)
     else:
-        train, validation, test = encode_alike(splits[:3], tokenizer)
+        parts = [*splits[:3], *([older] if older else [])]
+        train, validation, test, *rest = encode_alike(parts, tokenizer)
+        older = Cached(rest[0]) if rest else None
         info, transform = splits.info, None
     return Pipeline(
         splits=Splits(Cached(train), Cached(validation), Cached(test), info),
         train_transform=transform,
         eval_transform=transform,
+        replay=older,
         preprocess={},
         tokenizer=tokenizer,
         **common,
