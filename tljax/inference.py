@@ -90,7 +90,7 @@ def with_head_of(run: Finished, older: Path) -> Finished:
     return replace(run, tree=tree, facts=changed, predict=predict)
 
 
-def require_same_kind(pipeline: Pipeline, facts: dict[str, Any], workdir: Path, name: str) -> None:
+def require_same_kind(pipeline: Pipeline, facts: dict[str, Any], workdir: str, name: str) -> None:
     """Raise BadInput unless data have the run's kind of inputs and its labels."""
     if (pipeline.tokenizer is None) == (facts["tokenizer"] is not None):
         kinds = ("pictures", "texts") if facts["tokenizer"] is None else ("texts", "pictures")
@@ -111,7 +111,12 @@ def evaluate_run(workdir: Path, split: str, data: str | None = None) -> dict[str
     run started from that one, their labels may be others (`with_head_of`).
     Raises: BadInput if the labels of the other data are not the run's.
     """
-    run, chosen = open_finished(workdir), None
+    return evaluate_on(open_finished(workdir), str(workdir), split, data)
+
+
+def evaluate_on(run: Finished, name: str, split: str, data: str | None) -> dict[str, float]:
+    """Evaluate as `evaluate_run` does; `name` is what messages call the run."""
+    chosen = None
     if data and (Path(data) / RECORD).is_file():
         run, own = with_head_of(run, Path(data)), run.config.data
         chosen = parse(read_record(data)["config"]).data
@@ -121,7 +126,7 @@ def evaluate_run(workdir: Path, split: str, data: str | None = None) -> dict[str
         other |= {"classes": None, "replay": None}
         chosen = run.config.data.model_copy(update=other if data else {})
     pipeline = open_pipeline(chosen, run.facts["task"], seed=run.config.seed, **run.reads)
-    require_same_kind(pipeline, run.facts, workdir, chosen.name)
+    require_same_kind(pipeline, run.facts, name, chosen.name)
     with precision(run.config):
         batches = (sharding.put_batch(batch, run.mesh) for batch in pipeline.eval_batches(split))
         return evaluate(run.predict, (run.tree,), batches, run.facts["task"], run.facts["labels"])
