@@ -31,8 +31,9 @@ from tljax.tree import join
 VIT = {"name": "vit", "width": 64, "depth": 3, "heads": 4, "mlp": 128, "patch": 4}
 FASHION = {"name": "fashion", "image_size": 28, "labels": 10_000, "test": "test[:2000]"}
 DIGITS = {"name": "digits", "image_size": 28, "validation": 300}
-GARMENTS, OTHERS = tuple("01234"), tuple("56789")
-LEVEL, EVERY, LONGEST = 0.85, 20, 1200  # accuracy; steps
+GARMENTS = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat")
+OTHERS = ("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
+LEVEL, EVERY, LONGEST = 0.85, 10, 1200  # accuracy; steps
 EXAMPLES = 1000  # that the Fisher information is estimated on
 TASKS: dict[str, list[dict[str, Any]]] = {
     "plain": [],
@@ -44,6 +45,7 @@ TASKS: dict[str, list[dict[str, Any]]] = {
 CLASSES: dict[str, list[dict[str, Any]]] = {
     "plain": [],
     "ewc 100": [{"name": "ewc", "strength": 100.0}],
+    "ewc 1000": [{"name": "ewc", "strength": 1000.0}],
     "replay": [],
 }
 
@@ -144,10 +146,15 @@ def main() -> None:
     )
     parser.add_argument("out", type=Path, help="folder of the first tasks' runs")
     parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--only", choices=("tasks", "classes"))
     arguments = parser.parse_args()
     seeds = [int(seed) for seed in arguments.seeds.split(",")]
-    table("two tasks, a head each", [tasks(arguments.out, seed) for seed in seeds])
-    table("new classes, one head", [classes(arguments.out, seed) for seed in seeds])
+    parts = {
+        "tasks": ("two tasks, a head each", tasks),
+        "classes": ("new classes, one head", classes),
+    }
+    for title, run in [parts[arguments.only]] if arguments.only else parts.values():
+        table(title, [run(arguments.out, seed) for seed in seeds])
 
 
 if __name__ == "__main__":
