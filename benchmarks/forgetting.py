@@ -130,13 +130,20 @@ def classes(out: Path, seed: int) -> dict[str, tuple[float, float, float]]:
 
 def table(title: str, found: list[dict[str, tuple[float, float, float]]]) -> None:
     """Print the means, and what each setting differs from plain fine-tuning in, with intervals."""
-    print(f"\n{title}\n{'':9} {'first':>6} {'second':>6} {'steps':>6}  first, minus plain")
+    print(f"\n{title}\n{'':9} {'first':>6} {'second':>6} {'steps':>6}  minus plain: first, second")
     for name in found[0]:
         values = np.asarray([each[name] for each in found])
-        mean, paired = values.mean(0), values[:, 0] - [each["plain"][0] for each in found]
-        low, high = mean_interval(paired) if len(found) > 1 else (np.nan, np.nan)
-        line = f"{name:9} {mean[0]:6.3f} {mean[1]:6.3f} {mean[2]:6.0f}"
-        print(f"{line}  {paired.mean():+.3f} [{low:+.3f}, {high:+.3f}]", flush=True)
+        paired = values - np.asarray([each["plain"] for each in found])
+        first, second = (difference(paired[:, column]) for column in (0, 1))
+        mean = values.mean(0)
+        line = f"{name:9} {mean[0]:6.3f} {mean[1]:6.3f} {mean[2]:6.0f}  {first}  {second}"
+        print(line, flush=True)
+
+
+def difference(paired: np.ndarray) -> str:
+    """Write the mean of paired differences with its 95 % interval."""
+    low, high = mean_interval(list(paired))
+    return f"{paired.mean():+.3f} [{low:+.3f}, {high:+.3f}]"
 
 
 def main() -> None:
