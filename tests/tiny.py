@@ -13,10 +13,10 @@ from tljax.build import init_model, make_shardings
 from tljax.models.bert import Bert
 from tljax.models.resnet import ResNet
 from tljax.models.vit import ViT
-from tljax.state import Roles, State, apply_edits, assign_roles, make_birth
+from tljax.state import Roles, State, apply_edits, assign_roles, keep_beside, make_birth
 from tljax.step import make_step
-from tljax.strategies import make
-from tljax.tree import map_with_path, split
+from tljax.strategies import Start, make
+from tljax.tree import flatten, map_with_path, split
 
 VIT = ViT(width=32, depth=4, heads=2, mlp=64, patch=4, grid=(2, 2), layer_scale=0.5, num_classes=3)
 BERT = Bert(vocab=40, width=32, depth=2, heads=2, mlp=64, positions=8, num_classes=3)
@@ -94,22 +94,28 @@ def assemble(
     extra: tuple = (),
     microbatches: int = 1,
     ambient: bool = True,
+    start: Start | None = None,
+    dtype: Any = jnp.float32,
     **optimizer: Any,
 ) -> Run:
     key, mesh = jax.random.key(0), mesh or one_device()
     init = partial(init_model, model, batch)
     chosen = [(chosen, options or {})] if isinstance(chosen, str) else chosen
-    strategy = make(jax.eval_shape(init, key), model.read, chosen)
+    strategy = make(jax.eval_shape(init, key), model.read, chosen, start)
     edits = (*source, *strategy.edits) if strategy.loads else strategy.edits
     tree = jax.eval_shape(lambda key: apply_edits(edits, init(key), key), key)
-    objective = objectives.make_objective(task, model)
+    objective = objectives.make_objective(task, model, strategy.readings)
     objective = objectives.add(objective, *strategy.terms, *extra)
     objective = sharding.under(mesh, objective) if ambient else objective
     roles = assign_roles(tree, user, strategy.roles, objective, batch, key)
+    if strategy.anchor:
+        trained = [path for path, role in flatten(roles.tree).items() if role == "train"]
+        edits = (*edits, strategy.anchor(trained))
+        tree, roles = keep_beside(tree, roles, edits[-1], "freeze", key)
     settings = {"name": "adamw", "lr": 1e-3, "steps": 10, "clip": 1.0, "decay": 0.05}
     settings |= {"groups": strategy.groups}
     tx = optim.make_tx(split(tree, roles.tree).train, **(settings | optimizer))
-    birth = make_birth(init, roles.tree, tx, jnp.float32)
+    birth = make_birth(init, roles.tree, tx, dtype)
     abstract = jax.eval_shape(birth, edits, key)
     specs = sharding.specs(tree, mesh)
     shardings = make_shardings(mesh, specs, roles.tree, tx, abstract[0])

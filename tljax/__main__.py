@@ -48,8 +48,18 @@ def make_parser() -> argparse.ArgumentParser:
     sweep.add_argument("--workdir", required=True, type=Path, help="a new folder, of the best run")
     evaluate = add("eval", "evaluate a finished run again, or on other data with the same labels")
     evaluate.add_argument("workdir", type=Path, help="folder of the run")
-    evaluate.add_argument("--data", help="another data set, image folder or text file")
+    evaluate.add_argument("--data", help="another data set, image folder or text file, or a run's")
     evaluate.add_argument("--split", default="test", choices=("validation", "test"))
+    fisher = add("fisher", "estimate a run's Fisher information, for strategy ewc")
+    fisher.add_argument("workdir", type=Path, help="folder of the run")
+    fisher.add_argument("--examples", type=int, help="so many of its training examples (all)")
+    fisher.add_argument("--labels", default="sampled", help="sampled (default), expected or true")
+    soup = add("soup", "average the weights of finished runs into a new one")
+    soup.add_argument("out", type=Path, help="a new folder, of a finished run")
+    soup.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="finished runs")
+    soup.add_argument("--weights", type=numbers, help="of the runs: .3,.7 (default: equal)")
+    soup.add_argument("--greedy", action="store_true", help="add runs while validation allows it")
+    soup.add_argument("--alphas", type=numbers, help="WiSE-FT between two: 0,.25,.5,.75,1")
     predict = add("predict", "label images or texts with a finished run")
     predict.add_argument("workdir", type=Path, help="folder of the run")
     predict.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="files or folders")
@@ -67,6 +77,11 @@ def make_parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of results")
     demo.add_argument("--fast", action="store_true", help="a quick check, not a result")
     return parser
+
+
+def numbers(text: str) -> tuple[float, ...]:
+    """Read numbers between commas."""
+    return tuple(float(part) for part in text.split(","))
 
 
 def overrides_of(rest: Sequence[str], verb: str, parser: argparse.ArgumentParser) -> dict[str, str]:
@@ -113,6 +128,15 @@ def run(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
     elif arguments.verb == "eval":
         scores = inference.evaluate_run(arguments.workdir, arguments.split, arguments.data)
         print(to_json(scores))
+    elif arguments.verb == "fisher":
+        from tljax.fisher import fisher_run
+
+        print(fisher_run(arguments.workdir, arguments.examples, arguments.labels))
+    elif arguments.verb == "soup":
+        from tljax.soup import soup
+
+        ways = {name: getattr(arguments, name) for name in ("weights", "greedy", "alphas")}
+        print(to_json(soup(arguments.out, arguments.runs, **ways, command=arguments.command)))
     elif arguments.verb == "predict":
         count = inference.predict_run(arguments.workdir, arguments.paths, arguments.out)
         print(f"{count} predictions in {arguments.out}")

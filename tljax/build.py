@@ -23,17 +23,27 @@ from tljax import features, objectives, optim, sharding
 from tljax.config import Config, parse
 from tljax.data.pipeline import Pipeline, open_pipeline
 from tljax.edits.load import Report, load
+from tljax.fisher import read_fisher
 from tljax.layers import choose, pair
 from tljax.models import MODELS, ViT
 from tljax.source import merged, open_source
-from tljax.state import Roles, State, apply_edits, assign_roles, make_birth, optimizer_specs
+from tljax.state import (
+    Roles,
+    State,
+    apply_edits,
+    assign_roles,
+    keep_beside,
+    make_birth,
+    optimizer_specs,
+)
 from tljax.step import Shardings, make_step
-from tljax.strategies import STRATEGIES, Average, make
-from tljax.tree import flatten, map_with_path, nearest, split
+from tljax.strategies import STRATEGIES, Average, Start, make
+from tljax.tree import flatten, nearest, split
 from tljax.types import BadInput, Edit, Key, Rules, Tree
 from tljax.weights import Source
 
-DECIDED = {"parent", "name", "dtype", "remat", "num_classes", "mlm", "tokens", "tree", "last_read"}
+DECIDED = {"parent", "name", "dtype", "remat", "num_classes", "mlm", "tokens"}
+DECIDED |= {"tree", "last_read", "source"}
 """Arguments that the data, the task, the run or the build decide: no option of a config."""
 CHANCES = {"dropout", "drop_path"}
 CLASSES = ("head", "head_dist")
@@ -276,20 +286,24 @@ def build(
         adapted = adaptations(model, config.data.image_size)
         source_edits, report = load_edit(source, tree, pipeline.labels, adapted)
     chosen = [(part.name, part.options()) for part in config.strategy]
-    strategy = make(tree, getattr(model, "read", None), chosen)
+    start = start_of(source, report) if source else None
+    strategy = make(tree, getattr(model, "read", None), chosen, start)
     loads = bool(source) and strategy.loads
     edits = (*source_edits, *strategy.edits) if loads else strategy.edits
     tree = jax.eval_shape(partial(apply_edits, edits), tree, key)
-    objective = objectives.add(objectives.make_objective(task, model), *strategy.terms)
+    own = objectives.make_objective(task, model, strategy.readings)
+    objective = objectives.add(own, *strategy.terms)
     objective = sharding.under(mesh, objective)
     roles = assign_roles(tree, config.roles, strategy.roles, objective, batch, key)
     if loads:
         require_no_random_freeze(report, roles)
+    trained = tuple(path for path, role in flatten(roles.tree).items() if role == "train")
+    if strategy.anchor:
+        edits = (*edits, strategy.anchor(trained))
+        tree, roles = keep_beside(tree, roles, edits[-1], "freeze", key)
     if config.run.ema:
-        average = Average(tuple(p for p, role in flatten(roles.tree).items() if role == "train"))
-        edits, tree = (*edits, average), average(tree, key)
-        own = map_with_path(lambda *_: "track", average(roles.tree, key)["ema"])
-        roles = roles._replace(tree=roles.tree | {"ema": own})
+        edits = (*edits, Average(trained))
+        tree, roles = keep_beside(tree, roles, edits[-1], "track", key)
         objective = objectives.average(objective, config.run.ema ** (1 / config.run.microbatches))
     trainable = split(tree, roles.tree).train
     optimizer = config.optim.model_dump() | {"steps": config.run.steps, "groups": strategy.groups}
@@ -333,6 +347,16 @@ def examples_seen(config: Config, validation: int) -> int:
     run = config.run
     evaluations = 1 + ((run.steps - 1) // run.eval_every if run.eval_every else 0)
     return run.steps * run.batch + evaluations * validation
+
+
+def start_of(source: Source, report: Report) -> Start:
+    """Say what of a source the model starts from, for strategies that keep some of it."""
+    loaded = frozenset(row.path for row in report.rows if row.status in ("loaded", "adapted"))
+    heads = {name: source.tree["params"].get(name) for name in CLASSES}
+    reads_all = heads["head_dist"] is None and not source.fields.get("tokens")
+    other = reads_all and heads["head"] and "params/head/kernel" not in loaded
+    head = heads["head"] if other and heads["head"]["kernel"].shape[-1] > 1 else None
+    return Start(source.origin, loaded, head, partial(read_fisher, source))
 
 
 def require_no_random_freeze(report: Report, roles: Roles) -> None:

@@ -99,7 +99,7 @@ class Checkpoints:
         leaves = multihost_utils.process_allgather(flatten(tree), tiled=True)
         content, self._frozen = safetensors.numpy.save(leaves), digest_of(leaves)
         if not (path := self._frozen_file(self._frozen)).exists():
-            _write(path, content)
+            write_bytes(path, content)
         multihost_utils.sync_global_devices("frozen tree saved")
         return self._frozen
 
@@ -148,10 +148,11 @@ def write_json(path: str | Path, content: Any) -> None:
 
 def write_text(path: str | Path, content: str) -> None:
     """Write a text whole or not at all; of several processes the first one writes."""
-    _write(Path(path), content.encode())
+    write_bytes(Path(path), content.encode())
 
 
-def _write(path: Path, content: bytes) -> None:
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file whole or not at all; of several processes the first one writes."""
     if jax.process_index() == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f"{path.name}.tmp")

@@ -28,6 +28,7 @@ def _whole_or_share(value: int | float) -> int | float:
 Positive = Annotated[int, Field(gt=0)]
 Count = Annotated[int, Field(ge=0)]
 Rate = Annotated[float, Field(ge=0)]
+Above = Annotated[float, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Amount = Annotated[int | float, Field(gt=0), AfterValidator(_whole_or_share)]
 Share = Annotated[float, Field(gt=0, le=1)]
@@ -64,11 +65,22 @@ class Augment(Section):
     views: Positive | None = None  # random versions of an image; None: one an epoch
 
 
+class Replay(Section):
+    """Older data that a fixed share of every training batch comes from; for classes."""
+
+    name: str  # as data.name
+    share: Annotated[float, Field(gt=0, lt=1)] = 0.5  # of every batch, in whole rows
+    labels: Positive | None = None  # budget: this many of its training examples
+    classes: tuple[str, ...] | None = None
+
+
 class Data(Section):
     """What to learn from.  `name` is a data set, `tfds:NAME`, an image folder or a text file."""
 
     name: str
     labels: Positive | None = None  # label budget: this many training examples, stratified, nested
+    classes: tuple[str, ...] | None = None  # only examples of these; the head has all of them
+    replay: Replay | None = None  # adds its label names behind the data's own
     validation: Amount = 0.1  # training examples carved out: a number, or a share below 1
     test: str = "test"
     columns: dict[str, str] = {}  # for text files: {"text": ..., "text_b": ..., "label": ...}

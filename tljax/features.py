@@ -145,8 +145,10 @@ def decide(
     """
     if mode == "off":
         return None, "computed at every step (run.features)"
-    if pipeline.versions is None:
-        found: Cut | str = "the inputs of training never repeat (data.augment.views bounds them)"
+    if pipeline.replay is not None:
+        found: Cut | str = "batches hold replayed examples too"
+    elif pipeline.versions is None:
+        found = "the inputs of training never repeat (data.augment.views bounds them)"
     else:
         total = sum(len(source) for source, _ in rows_of(pipeline))
         few = mode == "auto" and passes <= total

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,8 @@ from tljax.data.pipeline import Pipeline, open_inputs, open_pipeline, unlabelled
 from tljax.data.sources import PICTURES, TABLES, read_table
 from tljax.evaluate import evaluate
 from tljax.models import MODELS
-from tljax.source import read_record
+from tljax.source import RECORD, plain, read_record
+from tljax.tree import join
 from tljax.types import BadInput, Batch, Tree
 
 
@@ -50,16 +51,46 @@ def open_finished(workdir: Path) -> Finished:
         "batch": -(-config.run.batch // ways) * ways,
         "threads": config.run.threads,
     }
-    model = MODELS[facts["name"]](**facts["fields"], dtype=jnp.dtype(config.precision.compute))
-    predict = sharding.under(mesh, objectives.make_predict(facts["task"], model))
-    jitted = jax.jit(predict, out_shardings=sharding.on(mesh, sharding.REPLICATED))
     tree = read_tree(workdir)
     # Placed as in training, so that sums have the same order and metrics the same last digit.
     tree = jax.device_put(tree, sharding.on(mesh, sharding.specs(tree, mesh, rules)))
-    return Finished(config, tree, facts, reads, jitted, mesh)
+    return Finished(config, tree, facts, reads, make_predict(facts, config, mesh), mesh)
 
 
-def require_same_kind(pipeline: Pipeline, facts: dict[str, Any], workdir: Path, name: str) -> None:
+def make_predict(facts: dict[str, Any], config: Config, mesh: Any) -> Any:
+    """Return the jitted prediction of the model that a record describes."""
+    model = MODELS[facts["name"]](**facts["fields"], dtype=jnp.dtype(config.precision.compute))
+    predict = sharding.under(mesh, objectives.make_predict(facts["task"], model))
+    return jax.jit(predict, out_shardings=sharding.on(mesh, sharding.REPLICATED))
+
+
+def with_head_of(run: Finished, older: Path) -> Finished:
+    """Let a run predict for the task of the run that it started from, by that one's head.
+
+    The head is as it was, or as `lwf` kept it; if the labels are the same, it is the run's own.
+    Raises: BadInput if the run did not start from the other, or has a body of another kind.
+    """
+    facts = read_record(older)["model"]
+    if facts["labels"] == run.facts["labels"]:
+        return run
+    weights = run.config.weights
+    if weights is None or Path(weights).resolve() != older.resolve():
+        raise BadInput(
+            f"{older} has other labels, and the run started from {weights}: a run can only be read "
+            "by the head of the one that it started from"
+        )
+    tree = {k: v for k, v in join(run.tree.get("ema"), run.tree).items() if k != "ema"}
+    head = tree["old"]["head"] if "old" in tree else plain(read_tree(older))["params"]["head"]
+    tree["params"] = dict(tree["params"]) | {"head": head}
+    own = {name: facts[name] for name in ("task", "labels")}
+    outputs = head["kernel"].shape[-1]
+    own["fields"] = run.facts["fields"] | {"num_classes": outputs}
+    changed = run.facts | own
+    predict = make_predict(changed, run.config, run.mesh)
+    return replace(run, tree=tree, facts=changed, predict=predict)
+
+
+def require_same_kind(pipeline: Pipeline, facts: dict[str, Any], workdir: str, name: str) -> None:
     """Raise BadInput unless data have the run's kind of inputs and its labels."""
     if (pipeline.tokenizer is None) == (facts["tokenizer"] is not None):
         kinds = ("pictures", "texts") if facts["tokenizer"] is None else ("texts", "pictures")
@@ -76,13 +107,26 @@ def require_same_kind(pipeline: Pipeline, facts: dict[str, Any], workdir: Path, 
 def evaluate_run(workdir: Path, split: str, data: str | None = None) -> dict[str, float]:
     """Evaluate a finished run on its own data, or on other data with the same labels.
 
+    data: a name or path as in a config, or the folder of a run, whose data are then read; if this
+    run started from that one, their labels may be others (`with_head_of`).
     Raises: BadInput if the labels of the other data are not the run's.
     """
-    run = open_finished(workdir)
-    other = {"name": data, "labels": None, "validation": 0.1, "test": "test"}
-    chosen = run.config.data.model_copy(update=other if data else {})
+    return evaluate_on(open_finished(workdir), str(workdir), split, data)
+
+
+def evaluate_on(run: Finished, name: str, split: str, data: str | None) -> dict[str, float]:
+    """Evaluate as `evaluate_run` does; `name` is what messages call the run."""
+    chosen = None
+    if data and (Path(data) / RECORD).is_file():
+        run, own = with_head_of(run, Path(data)), run.config.data
+        chosen = parse(read_record(data)["config"]).data
+        chosen = chosen.model_copy(update={"image_size": own.image_size, "length": own.length})
+    if chosen is None:
+        other = {"name": data, "labels": None, "validation": 0.1, "test": "test"}
+        other |= {"classes": None, "replay": None}
+        chosen = run.config.data.model_copy(update=other if data else {})
     pipeline = open_pipeline(chosen, run.facts["task"], seed=run.config.seed, **run.reads)
-    require_same_kind(pipeline, run.facts, workdir, chosen.name)
+    require_same_kind(pipeline, run.facts, name, chosen.name)
     with precision(run.config):
         batches = (sharding.put_batch(batch, run.mesh) for batch in pipeline.eval_batches(split))
         return evaluate(run.predict, (run.tree,), batches, run.facts["task"], run.facts["labels"])

@@ -4,7 +4,7 @@ Losses and their reductions are float32 whatever the compute dtype; units are na
 (per masked token for mlm, per labelled token for tag), squared label units for regress.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -13,8 +13,9 @@ import optax
 from flax import linen as nn
 from jaxtyping import Array, Float, Int
 
+from tljax.layers import Dense
 from tljax.tree import flatten, join, unflatten
-from tljax.types import Aux, Batch, Key, Loss, Objective, Output, Term, Tree
+from tljax.types import Aux, Batch, Key, Loss, Objective, Output, Reading, Term, Tree
 
 COLLECTIONS = ("params", "batch_stats", "fixed_stats")
 TEXT = ("input_ids", "attention_mask", "token_type_ids")
@@ -64,15 +65,23 @@ def passing(model: nn.Module, tree: Tree, batch: Batch) -> dict[str, Array]:
 
 
 def _objective(
-    model: nn.Module, name: str, losses: Callable[[Array, Batch], tuple[Array, Array, dict]]
+    model: nn.Module,
+    name: str,
+    losses: Callable[[Array, Batch], tuple[Array, Array, dict]],
+    readings: Sequence[Reading],
 ) -> Objective:
-    """Build an objective from `losses(logits, batch) -> (values, weights, metrics)` per unit."""
+    """Build an objective from `losses(logits, batch) -> (values, weights, metrics)` per unit.
+
+    The readings share its forward pass: a second one would have a backward pass of its own.
+    """
 
     def objective(tree: Tree, batch: Batch, key: Key) -> tuple[Loss, Aux]:
         output, moved = forward(model, tree, batch, key)
         value, weight, metrics = losses(output.logits.astype(jnp.float32), batch)
         count = jnp.sum(weight)
         loss = {name: Term(1.0, jnp.sum(value * weight), count)}
+        for reading in readings:
+            loss |= reading(model, output, tree, batch)
         sums = {k: (jnp.sum(v * weight), count) for k, v in metrics.items()}
         return loss, Aux(metrics=sums, track=moved)
 
@@ -121,9 +130,53 @@ LOSSES = {
 }
 
 
-def make_objective(task: str, model: nn.Module) -> Objective:
+def make_objective(task: str, model: nn.Module, readings: Sequence[Reading] = ()) -> Objective:
     """Return the objective of a task: classify, multilabel, regress, tag or mlm."""
-    return _objective(model, task, LOSSES[task])
+    return _objective(model, task, LOSSES[task], readings)
+
+
+def quadratic(tree: Tree, batch: Batch, key: Key) -> tuple[Loss, Aux]:
+    """Pull leaves to their anchors, if there are any: sum of weight / 2 x (leaf - mean)^2.
+
+    It reads every anchored leaf, so anchors are set after it is settled what the task reads.
+    """
+    if "anchor" not in tree:
+        return {}, Aux({}, {})
+    now, mean, weight = map(flatten, (tree, tree["anchor"]["mean"], tree["anchor"]["weight"]))
+    pulls = [
+        jnp.sum(weight[path] / 2 * jnp.square(now[path].astype(jnp.float32) - start))
+        for path, start in mean.items()
+    ]
+    return {"anchor": Term(1.0, sum(pulls, jnp.zeros(())), jnp.ones(()))}, Aux({}, {})
+
+
+def distill(weight: float, temperature: float) -> Reading:
+    """Return the cross-entropy to the teacher's outputs, both softened, over the old classes.
+
+    Unlike Hinton's form, the term is not multiplied by temperature^2.
+    Source: Li and Hoiem 2016, arXiv 1606.09282, eq. 2 and 3.
+    """
+
+    def term(model: nn.Module, output: Output, tree: Tree, batch: Batch) -> Loss:
+        old = tree.get("old")
+        asked = model.clone(num_classes=None) if old else model
+        told = infer(asked, tree["teacher"], batch)
+        if old:
+            taught = _old_logits(tree["teacher"]["params"]["head"], told.pooled)
+            student = _old_logits(old["head"], output.pooled)
+        else:
+            taught, student = told.logits, output.logits
+        soft = jax.nn.softmax(taught.astype(jnp.float32) / temperature)
+        value = optax.softmax_cross_entropy(student.astype(jnp.float32) / temperature, soft)
+        real = batch["label"] >= 0 if value.ndim == 2 else jnp.ones_like(value)
+        return {"distill": Term(weight, jnp.sum(value * real), jnp.sum(real))}
+
+    return term
+
+
+def _old_logits(head: Tree, pooled: Float[Array, "b d"]) -> Float[Array, "b c"]:
+    logits: Any = Dense(head["kernel"].shape[-1]).apply({"params": head}, pooled)
+    return logits
 
 
 def make_predict(task: str, model: nn.Module) -> Callable[[Tree, Batch], dict[str, Array]]:

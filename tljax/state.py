@@ -9,7 +9,7 @@ import optax
 from flax import struct
 
 from tljax.tree import flatten, label, map_with_path, require_live, split, unread
-from tljax.types import BadInput, Batch, Edit, Key, Objective, Rules, Tree
+from tljax.types import BadInput, Batch, Edit, Key, Objective, Role, Rules, Tree
 
 
 @struct.dataclass
@@ -72,14 +72,21 @@ def assign_roles(
     return Roles(roles, idle)
 
 
+def keep_beside(tree: Tree, roles: Roles, edit: Edit, role: Role, key: Key) -> tuple[Tree, Roles]:
+    """Apply an edit to an abstract tree whose roles are settled; all that it adds has one role."""
+    grown = jax.eval_shape(lambda tree, key: edit(tree, key), tree, key)
+    added = {name: part for name, part in grown.items() if name not in tree}
+    return grown, roles._replace(tree=roles.tree | map_with_path(lambda *_: role, added))
+
+
 def to_compute_dtype(frozen: Tree, dtype: Any) -> Tree:
-    """Cast frozen float32 parameters to the compute dtype; statistics keep theirs.
+    """Cast frozen float32 parameters to the compute dtype; statistics and anchors keep theirs.
 
     So do the scales of quantised kernels, which lie below `kernel`.
     """
 
     def cast(path: str, leaf: Any) -> Any:
-        exact = {"batch_stats", "fixed_stats", "kernel"} & set(path.split("/")[:-1])
+        exact = {"batch_stats", "fixed_stats", "anchor", "kernel"} & set(path.split("/")[:-1])
         return leaf.astype(dtype) if not exact and leaf.dtype == jnp.float32 else leaf
 
     return map_with_path(cast, frozen)

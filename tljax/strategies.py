@@ -4,41 +4,61 @@ Every strategy is a function of the (abstract) tree it will be applied to, so it
 never dead; several are composed into one.
 """
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from flax import struct
 
-from tljax.config import Positive
+from tljax.config import Above, Positive
 from tljax.edits import lora as low_rank
 from tljax.edits.adapter import LAST, Adapters
+from tljax.edits.anchor import Anchor, Teach
 from tljax.edits.prompt import Prefix, SoftPrompt, VisualPrompts
 from tljax.edits.quantize import Form, Quantize
 from tljax.edits.rescale import Rescale, ScaleAndShift
 from tljax.edits.targets import kinds_of, modules_of, targets_of
+from tljax.objectives import distill, quadratic
 from tljax.optim import Group
 from tljax.quantized import BLOCK
 from tljax.tree import flatten, matches, nearest, require_live, subtrees, unflatten
-from tljax.types import BadInput, Edit, Key, Objective, Rules, Tree
+from tljax.types import BadInput, Edit, Key, Objective, Reading, Rules, Tree
 
 HEADS = ("params/head", "params/head_dist", "params/mlm")
 Globs = tuple[str, ...]
 Statistics = Literal["frozen", "tracked"]
 
 
+class Start(NamedTuple):
+    """What a run starts from, for the strategies that keep some of it.
+
+    loaded: the paths of its leaves that the model has.  head: its own one where the model has
+    another.  fisher: reads its Fisher information, by path, from a file or from beside it.
+    """
+
+    origin: str
+    loaded: frozenset[str]
+    head: Mapping[str, Any] | None
+    fisher: Callable[[str | None], Mapping[str, Any]]
+
+
 @dataclass(frozen=True)
 class Strategy:
     """Edits in order, roles by rule, optimizer groups by rule, and loss terms to add.
 
-    statistics: whether BatchNorm goes on learning them; None leaves it to those it is composed
-    with.  loads: whether it starts from the pretrained weights.
+    readings: terms that read the model's own forward pass.  anchor: makes an edit of the paths
+    that are trained; what it adds is frozen.  statistics: whether BatchNorm goes on learning them;
+    None leaves it to those it is composed with.  loads: whether it starts from the pretrained
+    weights.
     """
 
     edits: tuple[Edit, ...] = ()
     roles: Rules = ()
     groups: Rules = ()
     terms: tuple[Objective, ...] = ()
+    readings: tuple[Reading, ...] = ()
+    anchor: Callable[[Sequence[str]], Edit] | None = None
     statistics: Statistics | None = None
     loads: bool = True
 
@@ -69,11 +89,15 @@ def compose(tree: Tree, parts: Sequence[Strategy]) -> Strategy:
 
     Rules that freeze come first: they are for leaves that are no parameters, or that someone asked
     for.  BatchNorm's statistics are frozen unless a strategy says otherwise, the first that does.
+
+    Raises: BadInput if two of them anchor the weights.
     """
     usual: Statistics = "frozen"
     statistics = next((part.statistics for part in parts if part.statistics), usual)
     edits = [edit for part in parts for edit in part.edits]
     roles = [rule for part in parts for rule in part.roles]
+    if len(anchors := [part.anchor for part in parts if part.anchor]) > 1:
+        raise BadInput("two strategies anchor the weights: choose one of l2_sp and ewc")
     if "batch_stats" in tree:
         edits += [FixStatistics()] if statistics == "frozen" else []
         roles += [("batch_stats/**", "track")] if statistics == "tracked" else []
@@ -82,16 +106,35 @@ def compose(tree: Tree, parts: Sequence[Strategy]) -> Strategy:
         tuple(sorted(roles, key=lambda rule: rule[1] != "freeze")),
         tuple(rule for part in parts for rule in part.groups),
         tuple(term for part in parts for term in part.terms),
+        tuple(reading for part in parts for reading in part.readings),
+        anchors[0] if anchors else None,
         statistics if "batch_stats" in tree else None,
         all(part.loads for part in parts),
     )
 
 
 def make(
-    tree: Tree, last_read: str | None, chosen: Sequence[tuple[str, Mapping[str, Any]]]
+    tree: Tree,
+    last_read: str | None,
+    chosen: Sequence[tuple[str, Mapping[str, Any]]],
+    start: Start | None = None,
 ) -> Strategy:
-    """Apply named strategies with their options to a tree, and compose them."""
-    return compose(tree, [STRATEGIES[name](tree, last_read, **options) for name, options in chosen])
+    """Apply named strategies with their options to a tree, and compose them.
+
+    Raises: BadInput if one keeps what a run starts from, and it starts from nothing.
+    """
+    parts, keeping = [], []
+    for name, options in chosen:
+        keeps = "source" in inspect.signature(STRATEGIES[name]).parameters
+        if keeps and start is None:
+            raise BadInput(f"{name} keeps what a run starts from: give it weights")
+        keeping += [name] * keeps
+        given = dict(options) | ({"source": start} if keeps else {})
+        parts.append(STRATEGIES[name](tree, last_read, **given))
+    composed = compose(tree, parts)
+    if keeping and not composed.loads:
+        raise BadInput(f"{keeping[0]} keeps what a run starts from, and scratch loads nothing")
+    return composed
 
 
 def rules(paths: Sequence[str], role: str = "train") -> Rules:
@@ -489,6 +532,61 @@ def quantize(
     return Strategy((Quantize(tuple(paths), form),))
 
 
+def l2_sp(
+    tree: Tree, last_read: str | None, source: Start, alpha: float = 0.1, beta: float = 0.01
+) -> Strategy:
+    """Add alpha / 2 x squared distance from the start, and beta / 2 x squared size of new leaves.
+
+    Both are over the leaves that the strategies beside it train; in place of weight decay.
+    Source: Li et al. 2018, arXiv 1802.01483, eq. 4, with the rates of its section 4.
+    """
+
+    def anchor(trained: Sequence[str]) -> Edit:
+        new = tuple(path for path in trained if path not in source.loaded)
+        return Anchor({path: beta if path in new else alpha for path in trained}, new)
+
+    return Strategy(terms=(quadratic,), anchor=anchor)
+
+
+def ewc(
+    tree: Tree, last_read: str | None, source: Start, strength: float = 1.0,
+    fisher: str | None = None,
+) -> Strategy:  # fmt: skip
+    """Add strength / 2 x squared distance from the start, each number by its Fisher information.
+
+    strength: the paper's lambda.  fisher: a run's folder or a file; by default the start's own.
+    Source: Kirkpatrick et al. 2017, arXiv 1612.00796, eq. 3.
+    Raises: BadInput if there is no such file, or none of the trained leaves was loaded.
+    """
+    information = source.fisher(fisher)
+
+    def anchor(trained: Sequence[str]) -> Edit:
+        if not (kept := [path for path in trained if path in source.loaded]):
+            raise BadInput("ewc holds trained leaves at their start, and all of them are new")
+        return Anchor({path: strength * information[path] for path in kept})
+
+    return Strategy(terms=(quadratic,), anchor=anchor)
+
+
+def lwf(
+    tree: Tree, last_read: str | None, source: Start, weight: float = 1.0, temperature: Above = 2.0
+) -> Strategy:
+    """Keep what the start's own head says of the new data, by distillation from a frozen copy.
+
+    The old head is trained too, as `old/head`; where the labels are the start's, it is the model's.
+    Source: Li and Hoiem 2016, arXiv 1606.09282.
+    Raises: BadInput if the start has no head.
+    """
+    below = tuple(f"{path}/" for path in HEADS)
+    if source.head is None and not any(path.startswith(below) for path in source.loaded):
+        raise BadInput(
+            f"lwf keeps what the start's head says of an input, and {source.origin} has no such "
+            "head: start from a run with labels, or take l2_sp"
+        )
+    roles = rules(["old/**"]) if source.head else ()
+    return Strategy((Teach(source.head),), roles, readings=(distill(weight, temperature),))
+
+
 STRATEGIES: dict[str, Callable[..., Strategy]] = {
     "scratch": scratch,
     "probe": probe,
@@ -508,4 +606,7 @@ STRATEGIES: dict[str, Callable[..., Strategy]] = {
     "full": full,
     "batch_norm": batch_norm,
     "quantize": quantize,
+    "l2_sp": l2_sp,
+    "ewc": ewc,
+    "lwf": lwf,
 }

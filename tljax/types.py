@@ -61,5 +61,7 @@ class Aux:
 
 
 Objective = Callable[[Tree, Batch, Key], tuple[Loss, Aux]]
+Reading = Callable[[Any, Output, Tree, Batch], Loss]
+"""(model, what its forward pass gave, tree, batch) -> terms to add to a task's loss."""
 Edit = Callable[[Tree, Key], Tree]
 """A pure function on trees that is also a pytree: the arrays it holds are jit arguments."""

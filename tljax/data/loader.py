@@ -9,13 +9,13 @@ from typing import Any
 import grain
 import numpy as np
 
-from tljax.data.sources import Source, stacked
+from tljax.data.sources import Joined, Source, stacked
 from tljax.types import BadInput, Batch
 
 Transform = Callable[[dict, np.random.Generator], dict]
 Prepare = Callable[[dict], dict]
 _FOREVER = 2**40  # steps; grain wants a length
-_ORDER, _EXAMPLE, _BATCH, _EVALUATION, _VIEW = range(5)  # first word of a stream's seed
+_ORDER, _EXAMPLE, _BATCH, _EVALUATION, _VIEW, _REPLAY = range(6)  # first word of a stream's seed
 
 
 class Cached(Source):
@@ -94,27 +94,36 @@ class Loader:
         mix: Transform | None = None,
         start: int = 0,
         views: int = 1,
+        replay: Source | None = None,
+        share: float = 0.0,
     ) -> Iterator[Batch]:
         """Yield batches without end, from any step at once.
 
         Row j of step s stands at position s * size + j of an endless row of epochs, each in its
         own order; its transform draws from a generator of (seed, position), `mix` from one of
         (seed, step).  views: the source holds all examples so many times, and epoch e reads the
-        (e mod views)-th of them.
+        (e mod views)-th of them.  replay: this share of every batch, in whole rows, stands in such
+        a row of its own, spread evenly.
         """
-        count = len(source) // views
+        order, rows = _order(len(source), _ORDER, seed, views), 0
+        if replay is not None:
+            older, source = _order(len(replay), _REPLAY, seed), Joined(source, replay)
+            own, rows = len(source.first), round(share * self.size)
+            if not 0 < rows < self.size:
+                raise BadInput(f"replay.share={share} of {self.size} rows is none, or all of them")
 
-        # A whole epoch at once: one by one, a batch of cached features would wait for its numbers.
-        @functools.lru_cache(maxsize=2)
-        def order(epoch: int) -> np.ndarray:
-            drawn = np.random.default_rng([_ORDER, seed, epoch]).permutation(count)
-            return drawn + epoch % views * count
+        def chosen(positions: np.ndarray) -> np.ndarray:
+            before, after = (p * rows // self.size for p in (positions, positions + 1))
+            is_new = after == before
+            indices = np.empty(len(positions), int)
+            indices[is_new] = order((positions - before)[is_new])
+            if rows:
+                indices[~is_new] = own + older(before[~is_new])
+            return indices
 
         def build(step: int) -> Batch:
             positions = self._positions(step)
-            epochs, places = np.divmod(np.asarray(positions), count)
-            parts = [order(int(e))[places[epochs == e]] for e in np.unique(epochs)]
-            indices = np.concatenate(parts).tolist()
+            indices = chosen(np.asarray(positions)).tolist()
             seeds = [(_EXAMPLE, seed, p) for p in positions]
             batch = _stack(source, transform, indices, seeds)
             return mix(batch, np.random.default_rng([_BATCH, seed, step])) if mix else batch
@@ -156,6 +165,29 @@ def prefetch_to_device(batches: Iterable[Batch], put: Callable[[Batch], Any]) ->
         if len(waiting) > 1:
             yield waiting.popleft()
     yield from waiting
+
+
+def _order(
+    count: int, stream: int, seed: int, views: int = 1
+) -> Callable[[np.ndarray], np.ndarray]:
+    """Return what reads places in an endless row of epochs, each in its own order.
+
+    count: of the examples of all views, of which epoch e holds the (e mod views)-th.
+    """
+    count //= views
+
+    # A whole epoch at once: one by one, a batch of cached features would wait for its numbers.
+    @functools.lru_cache(maxsize=2)
+    def drawn(epoch: int) -> np.ndarray:
+        order = np.random.default_rng([stream, seed, epoch]).permutation(count)
+        return order + epoch % views * count
+
+    def read(positions: np.ndarray) -> np.ndarray:
+        epochs, places = np.divmod(positions, count)
+        parts = [drawn(int(e))[places[epochs == e]] for e in np.unique(epochs)]
+        return np.concatenate([np.empty(0, int), *parts])
+
+    return read
 
 
 def _stack(

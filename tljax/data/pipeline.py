@@ -11,7 +11,7 @@ import jax
 from tljax.config import Augment, Data
 from tljax.data.augment import MixImages, TransformImage
 from tljax.data.loader import Cached, Loader, Transform, Versions
-from tljax.data.sources import Info, Rows, Source, Splits, open_data
+from tljax.data.sources import Info, Rows, Source, Splits, open_data, open_replay
 from tljax.data.tokens import MaskTokens, Tokenizer, encode, encode_alike, pack, train_wordpiece
 from tljax.data.transforms import Preprocess, fit
 from tljax.types import BadInput, Batch
@@ -42,6 +42,8 @@ class Pipeline(Inputs):
     train_transform: Transform | None
     mix: Transform | None = None
     versions: Source | None = None
+    replay: Source | None = None
+    share: float = 0.0  # of every training batch, from the replay
 
     @property
     def labels(self) -> tuple[str, ...] | None:
@@ -51,8 +53,9 @@ class Pipeline(Inputs):
     def train_batches(self, start: int = 0) -> Iterator[Batch]:
         """Yield this process's training batches without end, from any step at once."""
         source, transform = self.splits.train, self.train_transform
+        older = self.replay, self.share
         if self.versions is None:
-            return self.loader.train(source, transform, self.seed, self.mix, start)
+            return self.loader.train(source, transform, self.seed, self.mix, start, 1, *older)
         views = len(self.versions) // len(source)
         return self.loader.train(self.versions, None, self.seed, self.mix, start, views)
 
@@ -88,32 +91,40 @@ def open_pipeline(
 
     Raises: BadInput for data that are not there, or a task that their labels do not fit.
     """
-    splits = open_data(data, task)
+    splits, older = open_data(data, task), None
+    if data.replay:
+        older, info = open_replay(data, splits)
+        splits = splits._replace(info=info)
     loader = Loader(batch, threads, jax.process_index(), jax.process_count())
     common = {"task": task or splits.info.task or "mlm", "seed": seed, "loader": loader}
+    common["share"] = data.replay.share if data.replay else 0.0
     if splits.info.kind == "image":
-        return _images(data, splits, Preprocess.read(preprocess), common)
-    return _texts(data, splits, tokenizer, common)
+        return _images(data, splits, older, Preprocess.read(preprocess), common)
+    return _texts(data, splits, older, tokenizer, common)
 
 
-def _images(data: Data, splits: Splits, preprocess: Preprocess, common: Any) -> Pipeline:
+def _images(
+    data: Data, splits: Splits, older: Source | None, preprocess: Preprocess, common: Any
+) -> Pipeline:
     size, augment = data.image_size, data.augment
     softens = augment.mixup or augment.cutmix or augment.smoothing
     if softens and common["task"] != "classify":
         raise BadInput(f"mixup, cutmix and smoothing are for classify, not {common['task']}")
     fitted = partial(fit, size=size, preprocess=preprocess)
-    train = Cached(splits.train, None if augment.crop_scale else fitted)  # a crop wants it whole
+    prepare = None if augment.crop_scale else fitted  # a crop wants it whole
+    train, older = (source and Cached(source, prepare) for source in (splits.train, older))
     validation, test = Cached(splits.validation, fitted), Cached(splits.test, fitted)
     transform = _transform(size, augment, preprocess)
     drawn = augment.crop_scale or augment.flip or augment.randaugment or augment.erase
     views = augment.views if drawn else 1
-    repeats = views is not None and not (augment.mixup or augment.cutmix)
+    repeats = views is not None and not (augment.mixup or augment.cutmix or older)
     return Pipeline(
         splits=Splits(train, validation, test, splits.info),
         train_transform=transform,
         versions=Versions(train, transform, common["seed"], views) if repeats else None,
         eval_transform=_transform(size, Augment(), preprocess),
         mix=MixImages(len(splits.info.names), augment) if softens else None,
+        replay=older,
         preprocess=asdict(preprocess.at(size)),
         **common,
     )
@@ -123,7 +134,9 @@ def _transform(size: int, augment: Augment, source: Preprocess) -> TransformImag
     return TransformImage(size, augment, source.mean, source.std, source.interpolation)
 
 
-def _texts(data: Data, splits: Splits, vocabulary: Path | None, common: Any) -> Pipeline:
+def _texts(
+    data: Data, splits: Splits, older: Source | None, vocabulary: Path | None, common: Any
+) -> Pipeline:
     if vocabulary is not None:
         tokenizer = Tokenizer.from_file(vocabulary, data.length)
     else:
@@ -134,14 +147,17 @@ def _texts(data: Data, splits: Splits, vocabulary: Path | None, common: Any) -> 
         train, validation, test = (pack(part, tokenizer, data.length) for part in splits[:3])
         info, transform = Info("text"), MaskTokens(tokenizer)
     else:
-        train, validation, test = encode_alike(splits[:3], tokenizer)
+        parts = [*splits[:3], *([older] if older else [])]
+        train, validation, test, *rest = encode_alike(parts, tokenizer)
+        older = Cached(rest[0]) if rest else None
         info, transform = splits.info, None
     cached = Cached(train)
     return Pipeline(
         splits=Splits(cached, Cached(validation), Cached(test), info),
         train_transform=transform,
         eval_transform=transform,
-        versions=None if transform else Versions(cached, None, common["seed"]),
+        versions=None if transform or older else Versions(cached, None, common["seed"]),
+        replay=older,
         preprocess={},
         tokenizer=tokenizer,
         **common,

@@ -6,7 +6,7 @@ import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -113,6 +113,36 @@ class Subset(Source):
     def labels(self) -> Labels | None:  # type: ignore[override]
         """Pick the parent's labels."""
         return None if self.parent.labels is None else self.parent.labels[self.indices]
+
+
+@dataclass(frozen=True)
+class Renamed(Source):
+    """A source of classes whose label i is our label `to[i]`."""
+
+    parent: Source
+    to: Int[np.ndarray, " c"]
+
+    def __len__(self) -> int:
+        return len(self.parent)
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        rows = self.parent.__getitems__(indices)
+        return [row | {"label": self.to[row["label"]]} for row in rows]
+
+
+@dataclass(frozen=True)
+class Joined(Source):
+    """The examples of one source, then those of another."""
+
+    first: Source
+    second: Source
+
+    def __len__(self) -> int:
+        return len(self.first) + len(self.second)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        own = len(self.first)
+        return self.first[index] if index < own else self.second[index - own]
 
 
 class Prepared(Source):
@@ -236,6 +266,8 @@ def open_data(data: Data, task: str | None = None) -> Splits:
     for part, source in parts.items():
         if info.task and len(source):
             _refuse_unlabelled(source, info, f"the {part} part of {data.name!r}")
+    if data.classes:
+        parts = {part: of_classes(source, data.classes, info) for part, source in parts.items()}
     if "test" not in parts:
         parts["train"], parts["test"] = _carve(parts["train"], 0.2, seed=0)
     parts["train"], parts["validation"] = _carve(parts["train"], data.validation, data.seed)
@@ -244,6 +276,34 @@ def open_data(data: Data, task: str | None = None) -> Splits:
     if data.labels:
         parts["train"] = subset(parts["train"], data.labels, data.seed)
     return Splits(**parts, info=info)
+
+
+def of_classes(source: Source, classes: Sequence[str], info: Info) -> Subset:
+    """Look at the examples of some classes; the label names stay as they are."""
+    if info.task != "classify":
+        raise BadInput(f"classes={classes} are for classify, not for {info.task or 'no labels'}")
+    if unknown := sorted(set(classes) - set(info.names)):
+        raise BadInput(f"no class {unknown[0]!r}; nearest: {nearest(unknown[0], info.names)}")
+    wanted = [info.names.index(name) for name in classes]
+    return Subset(source, np.flatnonzero(np.isin(source.labels, wanted)))
+
+
+def open_replay(data: Data, splits: Splits) -> tuple[Source, Info]:
+    """Open the training part of data.replay; the names are the data's, then its others.
+
+    Raises: BadInput if the two are not both classes of pictures, or of texts.
+    """
+    own = {"name": data.replay.name, "labels": data.replay.labels, "classes": data.replay.classes}
+    older = open_data(data.model_copy(update=own | {"replay": None, "test": "test"}))
+    ours, theirs = splits.info, older.info
+    if (ours.kind, ours.task, theirs.task) != (theirs.kind, "classify", "classify"):
+        raise BadInput(
+            f"replay of {data.replay.name} ({theirs.kind}, {theirs.task}) beside {data.name} "
+            f"({ours.kind}, {ours.task}): expected classes of the same kind of input"
+        )
+    names = tuple(dict.fromkeys((*ours.names, *theirs.names)))
+    to = np.asarray([names.index(name) for name in theirs.names], np.int32)
+    return Renamed(older.train, to), replace(ours, names=names)
 
 
 def _refuse_unlabelled(source: Source, info: Info, where: str) -> None:

@@ -1,0 +1,209 @@
+"""Averages of weights: soups of runs, and WiSE-FT between a start and what became of it."""
+
+import json
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from tljax import sharding
+from tljax.build import precision
+from tljax.checkpoint import Checkpoints, digest_of, write_json
+from tljax.data.pipeline import open_pipeline
+from tljax.evaluate import evaluate
+from tljax.exporter import require_new, whole
+from tljax.inference import Finished, open_finished
+from tljax.source import RECORD, RESULT, merged, open_source
+from tljax.tree import flatten, nearest, unflatten
+from tljax.types import BadInput, Tree
+from tljax.weights import Source
+
+SOUP, PICTURE = "soup.json", "soup.png"
+LOSSES = ("nll",)  # primary metrics of which less is better
+Score = Callable[[Tree, str], dict[str, float]]
+
+
+class Mixture(NamedTuple):
+    """A weighted average of trees, and the primary metric that it has on validation."""
+
+    weights: list[float]
+    tree: Tree
+    validation: float
+
+
+def weighted(trees: Sequence[Tree], weights: Sequence[float]) -> Tree:
+    """Average trees of equal structure leaf by leaf, in float32.
+
+    Raises: BadInput naming the first leaf that one of them lacks or has in another shape.
+    """
+    first, *others = leaves = [flatten(tree) for tree in trees]
+    for number, other in enumerate(others, 2):
+        for path in sorted(first.keys() ^ other.keys()):
+            lacking, having = (number, 1) if path in first else (1, number)
+            near = nearest(path, leaves[lacking - 1])
+            raise BadInput(f"{path} is in tree {having}, not in {lacking} (nearest there: {near})")
+        for path, leaf in first.items():
+            if leaf.shape != other[path].shape:
+                shapes = f"{leaf.shape} in tree 1, {other[path].shape} in tree {number}"
+                raise BadInput(f"{path} is {shapes}: expected trees of equal structure")
+    shares = [np.float32(weight) for weight in weights]
+    return unflatten(
+        {
+            path: sum(
+                w * np.asarray(one[path], np.float32) for w, one in zip(shares, leaves, strict=True)
+            )
+            for path in first
+        }
+    )
+
+
+def uniform(trees: Sequence[Tree], members: Sequence[int]) -> tuple[list[float], Tree]:
+    """Average some of the trees equally."""
+    weights = [(number in members) / len(members) for number in range(len(trees))]
+    return weights, weighted([trees[m] for m in members], [1 / len(members)] * len(members))
+
+
+def greedy_soup(trees: Sequence[Tree], better: Callable[[Tree], float]) -> Mixture:
+    """Add trees from the best one on, each only if `better` does not drop.
+
+    Source: Wortsman et al. 2022, arXiv 2203.05482, recipe 1.
+    """
+    alone = [better(tree) for tree in trees]
+    best, *rest = sorted(range(len(trees)), key=lambda number: -alone[number])
+    members, reached = [best], alone[best]
+    for number in rest:
+        if (found := better(uniform(trees, [*members, number])[1])) >= reached:
+            members, reached = [*members, number], found
+    return Mixture(*uniform(trees, members), reached)
+
+
+def soup(
+    out: Path,
+    runs: Sequence[Path],
+    weights: Sequence[float] | None = None,
+    greedy: bool = False,
+    alphas: Sequence[float] | None = None,
+    command: str = "",
+) -> dict[str, Any]:
+    """Average finished runs into a new run's folder, evaluated on the data of the first one.
+
+    Grafted leaves are folded first.  weights: that add up to 1; equal ones by default.  greedy:
+    add runs by their validation, as `greedy_soup` does.  alphas: of two, the start and the run,
+    take (1 - alpha) x start + alpha x run with the alpha that is best on validation (WiSE-FT,
+    Wortsman et al. 2021, arXiv 2109.01903, eq. 2).  BatchNorm's statistics are averaged, too.
+    Raises: BadInput for runs of other labels or another structure.
+    """
+    require_new(out)
+    check_choice(runs, weights, greedy, alphas)
+    sources = [merged(open_source(str(run))) for run in runs]
+    first = first_run(sources)
+    trees = [source.tree for source in sources]
+    weighted(trees, [1 / len(trees)] * len(trees))  # before any data are opened
+    run, curve = open_finished(first), []
+    score = make_score(run)
+    name = next(iter(json.loads((first / RESULT).read_text())["validation"]))
+    sign = -1 if name in LOSSES else 1
+
+    def better(tree: Tree) -> float:
+        return sign * score(tree, "validation")[name]
+
+    if alphas:
+        tried = [Mixture(list(w), tree, better(tree)) for w, tree in line(trees, alphas)]
+        for alpha, (_, tree, value) in zip(alphas, tried, strict=True):
+            test = score(tree, "test")
+            curve.append({"alpha": alpha, "validation": sign * value, "test": test[name]})
+        chosen = max(tried, key=lambda mixture: mixture.validation)
+    elif greedy:
+        chosen = greedy_soup(trees, better)
+    else:
+        shares = list(weights or [1 / len(trees)] * len(trees))
+        chosen = Mixture(shares, weighted(trees, shares), np.nan)
+    result = {split: score(chosen.tree, split) for split in ("validation", "test")}
+    facts = {"runs": [str(run) for run in runs], "weights": chosen.weights}
+    facts |= {"metric": name, "curve": curve}
+    with whole(out) as place:
+        write_run(place, first, chosen.tree, result, facts, command)
+        if curve:
+            plot(curve, name, place / PICTURE)
+    return facts | result
+
+
+def check_choice(
+    runs: Sequence[Path], weights: Sequence[float] | None, greedy: bool, alphas: Any
+) -> None:
+    """Raise BadInput unless one way of averaging is chosen, and fits the number of runs."""
+    if sum(map(bool, (weights, greedy, alphas))) > 1:
+        raise BadInput("choose one of --weights, --greedy and --alphas")
+    if len(runs) < 2 or (alphas and len(runs) > 2):
+        raise BadInput(f"{len(runs)} runs: expected two" + " or more" * (not alphas))
+    if weights and (len(weights) != len(runs) or abs(sum(weights) - 1) > 1e-6):
+        raise BadInput(f"weights {list(weights)}: expected {len(runs)} that add up to 1")
+
+
+def first_run(sources: Sequence[Source]) -> Path:
+    """Return the folder of the first run; raises BadInput if there is none, or labels differ."""
+    found = [source for source in sources if source.format == "run"]
+    if not found:
+        raise BadInput(f"{sources[0].origin} is no finished run: expected one to evaluate with")
+    for other in found[1:]:
+        if other.labels != found[0].labels or other.arch != found[0].arch:
+            raise BadInput(
+                f"{other.origin} is a {other.arch} with the labels {other.labels}, "
+                f"{found[0].origin} a {found[0].arch} with {found[0].labels}: expected the same"
+            )
+    return Path(found[0].origin)
+
+
+def line(trees: Sequence[Tree], alphas: Sequence[float]) -> Any:
+    """Yield the weights and the tree of every point between two trees."""
+    for alpha in alphas:
+        yield (1 - alpha, alpha), weighted(trees, (1 - alpha, alpha))
+
+
+def make_score(run: Finished) -> Score:
+    """Return the exact evaluation of any tree of a run's structure on the run's data."""
+    task, names = run.facts["task"], run.facts["labels"]
+    data = open_pipeline(run.config.data, task, seed=run.config.seed, **run.reads)
+
+    def score(tree: Tree, split: str) -> dict[str, float]:
+        with precision(run.config):
+            here = jax.device_put(tree, sharding.on(run.mesh, sharding.specs(tree, run.mesh)))
+            put = (sharding.put_batch(batch, run.mesh) for batch in data.eval_batches(split))
+            return evaluate(run.predict, (here,), put, task, names)
+
+    return score
+
+
+def write_run(
+    place: Path, first: Path, tree: Tree, result: Mapping[str, Any], facts: Any, command: str
+) -> None:
+    """Write the folder of a finished run: the record of the first one, with other weights."""
+    record = json.loads((first / RECORD).read_text())
+    if tokenizer := record["model"]["tokenizer"]:
+        shutil.copyfile(first / tokenizer, place / tokenizer)
+    with closing(Checkpoints(place / "checkpoints", keep=1)) as checkpoints:
+        checkpoints.save_frozen({})
+        checkpoints.save(record["config"]["run"]["steps"], {"params": tree, "track": {}})
+    # Its own digest: to train the first run's config in this folder is refused, as another run.
+    write_json(place / RECORD, record | {"digest": digest_of(tree), "command": command})
+    write_json(place / SOUP, facts)
+    write_json(place / RESULT, result)
+
+
+def plot(curve: Sequence[Mapping[str, float]], name: str, path: Path) -> None:
+    """Draw the metric along the line from the start to the run."""
+    # Imported late, as in the demo.
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(5, 3.5), layout="constrained")
+    panel = figure.subplots()
+    for split in ("validation", "test"):
+        panel.plot([p["alpha"] for p in curve], [p[split] for p in curve], "o-", label=split)
+    panel.set(xlabel="alpha: 0 is the start, 1 the run", ylabel=name)
+    panel.legend()
+    panel.grid(alpha=0.3)
+    figure.savefig(path, dpi=110)
