@@ -32,6 +32,7 @@ Init = Callable[..., Array]
 Features = Float[Array, "*b d"]
 Projected = Float[Array, "*b o"]
 Tokens = Float[Array, "b l d"]
+Heads = Float[Array, "b _ h k"]
 Image = Float[Array, "b h w c"]
 Map = Float[Array, "b y x o"]
 Kernel = Float[Array, "p q c o"]
@@ -39,8 +40,19 @@ Kernel = Float[Array, "p q c o"]
 lecun_normal = nn.initializers.lecun_normal()
 small_normal = nn.initializers.truncated_normal(0.02)  # what BERT and ViT start tables with
 
+
+def exact_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Return x Phi(x) by erf, in float32.
+
+    jax.nn.gelu takes erfc for it, which on a CPU costs 2.7 times as much (benchmarks/README.md).
+    Source: Hendrycks and Gimpel 2016, arXiv 1606.08415.
+    """
+    y = x.astype(jnp.float32)
+    return (y * (0.5 + 0.5 * jax.lax.erf(y * math.sqrt(0.5)))).astype(x.dtype)
+
+
 ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),  # exact, by erf
+    "gelu": exact_gelu,
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),  # CLIP's
     "relu": jax.nn.relu,
@@ -320,6 +332,28 @@ class DropPath(Dropout):
         return (x.shape[0],) + (1,) * (x.ndim - 1)
 
 
+def attend_by_jax(
+    query: Heads, key: Heads, value: Heads, mask: Bool[Array, "b 1 1 l"] | None, causal: bool
+) -> Heads:
+    """Attend as jax chooses to."""
+    return jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=causal)
+
+
+def attend_heads_first(
+    query: Heads, key: Heads, value: Heads, mask: Bool[Array, "b 1 1 l"] | None, causal: bool
+) -> Heads:
+    """Attend with the heads before the tokens, whose products on a CPU are plain matrices' ones."""
+    query, key, value = (x.swapaxes(1, 2) for x in (query * query.shape[-1] ** -0.5, key, value))
+    scores = jnp.einsum("bhmk,bhlk->bhml", query, key, preferred_element_type=jnp.float32)
+    if causal:
+        below = jnp.tri(*scores.shape[2:], dtype=bool)[None, None]
+        mask = below if mask is None else mask & below
+    if mask is not None:  # finite, as in jax: a row without any token is a mean, not NaN
+        scores = jnp.where(mask, scores, 0.7 * jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, -1).astype(value.dtype)
+    return jnp.einsum("bhml,bhlk->bhmk", weights, value).swapaxes(1, 2)
+
+
 class Attention(nn.Module):
     """Multi-head attention, without dropout on its probabilities (not supported).
 
@@ -356,9 +390,8 @@ class Attention(nn.Module):
 
         heads = project("query", x if query is None else query), project("key", x)
         pairs = None if mask is None else mask[:, None, None, :]
-        y = jax.nn.dot_product_attention(
-            *heads, project("value", x), mask=pairs, is_causal=self.causal
-        )
+        attend = attend_heads_first if jax.default_backend() == "cpu" else attend_by_jax
+        y = attend(*heads, project("value", x), pairs, self.causal)
         return dense(name="out")(rearrange(y, "b l h k -> b l (h k)"))
 
 
