@@ -168,7 +168,8 @@ class Conv(nn.Module):
             kernel = standardised(kernel.astype(jnp.float32), (0, 1, 2), 1e-10)
         # A step of ResNet-50 (8 images of 224, 2 cores): 3.5 s by XLA's convolutions, 2.4 s so.
         small = max(size) <= 3 or size == stride
-        by = conv_as_matmul if small and jax.default_backend() == "cpu" else conv_by_xla
+        on_cpu = conv_as_matmul if small else conv_on_cpu
+        by = on_cpu if jax.default_backend() == "cpu" else conv_by_xla
         y = by(x.astype(self.dtype), kernel.astype(self.dtype), stride, self.padding)
         if self.use_bias:
             y += along_last(self.param("bias", nn.initializers.zeros, (self.features,)), y)
@@ -179,6 +180,39 @@ def conv_by_xla(x: Image, kernel: Kernel, stride: tuple[int, int], padding: int)
     """Convolve with the backend's own convolution."""
     axes, pads = ("NHWC", "HWIO", "NHWC"), [(padding, padding)] * 2
     return jax.lax.conv_general_dilated(x, kernel, stride, pads, dimension_numbers=axes)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def conv_on_cpu(x: Image, kernel: Kernel, stride: tuple[int, int], padding: int) -> Map:
+    """Convolve by XLA, with the kernel's gradient spelt as a forward convolution.
+
+    XLA:CPU has a fast path for these alone, and does not bring jax's own spelling into that form
+    inside the step's scan: for ResNet-50's stem 3.3 s of a step's 6.1 (benchmarks/README.md).
+    """
+    return conv_by_xla(x, kernel, stride, padding)
+
+
+def _conv_forward(x: Image, kernel: Kernel, *window: Any) -> tuple[Map, tuple[Image, Kernel]]:
+    return conv_by_xla(x, kernel, *window), (x, kernel)
+
+
+def _conv_backward(
+    stride: tuple[int, int], padding: int, saved: tuple[Image, Kernel], dy: Map
+) -> tuple[Image, Kernel]:
+    x, kernel = saved
+    _, pull = jax.vjp(lambda x: conv_by_xla(x, kernel, stride, padding), x)
+    # Offset p of the kernel meets x at p + stride * y for every y: a window as large as dy.
+    sides = zip(kernel.shape[:2], dy.shape[1:3], x.shape[1:3], stride, strict=True)
+    pads = [(padding, k + (y - 1) * step - n - padding) for k, y, n, step in sides]
+    image, window = x.transpose(3, 1, 2, 0), dy.transpose(1, 2, 0, 3)
+    dkernel = jax.lax.conv_general_dilated(
+        image, window, (1, 1), pads, rhs_dilation=stride,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )  # fmt: skip
+    return *pull(dy), dkernel.transpose(1, 2, 0, 3)
+
+
+conv_on_cpu.defvjp(_conv_forward, _conv_backward)
 
 
 def conv_as_matmul(x: Image, kernel: Kernel, stride: tuple[int, int], padding: int) -> Map:
