@@ -101,7 +101,7 @@ class Dense(nn.Module):
         # Unflattened, the weight gradient is slower on XLA:CPU: benchmarks/flattening.py.
         rows = x.reshape(-1, x.shape[-1]).astype(self.dtype)
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features))
-        y = rows @ kernel.astype(self.dtype)
+        y = product(rows, kernel.astype(self.dtype))
         if self.has_variable("params", "lora"):
             lora = self.get_variable("params", "lora")
             y += self.low_rank(rows, lora)
@@ -166,9 +166,8 @@ class Conv(nn.Module):
         kernel = self.param("kernel", lecun_normal, (*size, x.shape[-1], self.features))
         if self.standardize:
             kernel = standardised(kernel.astype(jnp.float32), (0, 1, 2), 1e-10)
-        # A step of ResNet-50 (8 images of 224, 2 cores): 3.5 s by XLA's convolutions, 2.4 s so.
-        small = max(size) <= 3 or size == stride
-        on_cpu = conv_as_matmul if small else conv_on_cpu
+        apart = size in ((1, 1), stride)
+        on_cpu = conv_as_matmul if apart else conv_on_cpu
         by = on_cpu if jax.default_backend() == "cpu" else conv_by_xla
         y = by(x.astype(self.dtype), kernel.astype(self.dtype), stride, self.padding)
         if self.use_bias:
@@ -184,10 +183,10 @@ def conv_by_xla(x: Image, kernel: Kernel, stride: tuple[int, int], padding: int)
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def conv_on_cpu(x: Image, kernel: Kernel, stride: tuple[int, int], padding: int) -> Map:
-    """Convolve by XLA, with the kernel's gradient spelt as a forward convolution.
+    """Convolve by XLA, with both gradients spelt as forward convolutions.
 
-    XLA:CPU has a fast path for these alone, and does not bring jax's own spelling into that form
-    inside the step's scan: for ResNet-50's stem 3.3 s of a step's 6.1 (benchmarks/README.md).
+    XLA:CPU has a fast path for these alone, and inside the step's scan it does not bring jax's own
+    spelling into that form: with it ResNet-50's stem takes half of a step (benchmarks/README.md).
     """
     return conv_by_xla(x, kernel, stride, padding)
 
@@ -200,36 +199,58 @@ def _conv_backward(
     stride: tuple[int, int], padding: int, saved: tuple[Image, Kernel], dy: Map
 ) -> tuple[Image, Kernel]:
     x, kernel = saved
-    _, pull = jax.vjp(lambda x: conv_by_xla(x, kernel, stride, padding), x)
-    # Offset p of the kernel meets x at p + stride * y for every y: a window as large as dy.
-    sides = zip(kernel.shape[:2], dy.shape[1:3], x.shape[1:3], stride, strict=True)
+    axes = ("NHWC", "HWIO", "NHWC")
+    sides = list(zip(kernel.shape[:2], dy.shape[1:3], x.shape[1:3], stride, strict=True))
+    # y meets x at y * stride + p - padding: so does x the flipped kernel on a spread dy, and p a
+    # window of the spread dy on x.
+    pads = [(k - 1 - padding, n - 1 - (y - 1) * step + padding) for k, y, n, step in sides]
+    turned = kernel[::-1, ::-1].swapaxes(2, 3)
+    dx = jax.lax.conv_general_dilated(
+        dy, turned, (1, 1), pads, lhs_dilation=stride, dimension_numbers=axes
+    )
     pads = [(padding, k + (y - 1) * step - n - padding) for k, y, n, step in sides]
     image, window = x.transpose(3, 1, 2, 0), dy.transpose(1, 2, 0, 3)
     dkernel = jax.lax.conv_general_dilated(
-        image, window, (1, 1), pads, rhs_dilation=stride,
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-    )  # fmt: skip
-    return *pull(dy), dkernel.transpose(1, 2, 0, 3)
+        image, window, (1, 1), pads, rhs_dilation=stride, dimension_numbers=axes
+    )
+    return dx, dkernel.transpose(1, 2, 0, 3)
 
 
 conv_on_cpu.defvjp(_conv_forward, _conv_backward)
 
 
 def conv_as_matmul(x: Image, kernel: Kernel, stride: tuple[int, int], padding: int) -> Map:
-    """Gather the windows (im2col) and convolve as one matrix product."""
-    tall, broad, (down, right) = *kernel.shape[:2], stride
+    """Convolve windows of one pixel, or as large as the stride, as one matrix product."""
+    tall, broad = kernel.shape[:2]
     x = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
-    high, wide = (x.shape[1] - tall) // down + 1, (x.shape[2] - broad) // right + 1
-    if (tall, broad) == stride:  # windows do not overlap: a transpose
-        x = x[:, : high * tall, : wide * broad]
-        windows = rearrange(x, "b (h p) (w q) c -> b h w (p q c)", p=tall, q=broad)
-    else:
-        bottom, edge = down * (high - 1) + 1, right * (wide - 1) + 1
-        offsets = [(p, q) for p in range(tall) for q in range(broad)]
-        parts = [x[:, p : p + bottom : down, q : q + edge : right] for p, q in offsets]
-        windows = jnp.concatenate(parts, axis=-1)
-    y = windows.reshape(-1, windows.shape[-1]) @ kernel.reshape(-1, kernel.shape[-1])
+    if (tall, broad) == (1, 1):
+        x = x[:, :: stride[0], :: stride[1]]
+    x = x[:, : x.shape[1] // tall * tall, : x.shape[2] // broad * broad]
+    windows = rearrange(x, "b (h p) (w q) c -> b h w (p q c)", p=tall, q=broad)
+    y = product(windows.reshape(-1, windows.shape[-1]), kernel.reshape(-1, kernel.shape[-1]))
     return y.reshape(*windows.shape[:3], -1)
+
+
+@jax.custom_vjp
+def product(rows: Float[Array, "n i"], kernel: Float[Array, "i o"]) -> Float[Array, "n o"]:
+    """Multiply rows by a kernel; its gradient is formed with the wider side last.
+
+    XLA:CPU transposes the left side of rows^T dy as it goes: 0.8 times the speed if it is wide.
+    """
+    return rows @ kernel
+
+
+def _product_backward(
+    saved: tuple[Float[Array, "n i"], Float[Array, "i o"]], dy: Float[Array, "n o"]
+) -> tuple[Float[Array, "n i"], Float[Array, "i o"]]:
+    rows, kernel = saved
+    if jax.default_backend() != "cpu" or rows.shape[1] <= dy.shape[1]:
+        return dy @ kernel.T, rows.T @ dy
+    # The barrier keeps XLA from turning the product round again.
+    return dy @ kernel.T, jax.lax.optimization_barrier(dy.T @ rows).T
+
+
+product.defvjp(lambda rows, kernel: (rows @ kernel, (rows, kernel)), _product_backward)
 
 
 class Embed(nn.Module):
