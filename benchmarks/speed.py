@@ -136,13 +136,14 @@ def run_torch(model: Any, batch: Mapping[str, np.ndarray], device: str, low: boo
 
 
 def run_jax(folder: Path, method: str, batch: Mapping[str, np.ndarray], low: bool) -> Run:
-    """Return tljax's step on one device, from a folder of transformers or peft."""
+    """Return tljax's step, from a folder of transformers or peft."""
     dtype = jnp.dtype(jnp.bfloat16 if low else jnp.float32)
-    found = tljax.load(folder, dtype=dtype)
+    mesh = sharding.make_mesh()
+    found = tljax.load(folder, mesh=mesh, dtype=dtype)
     values = flatten(found.variables)
     grafted = {path: x for path, x in values.items() if "/lora/" in path}
     base = {path: x for path, x in values.items() if path not in grafted}
-    key, mesh = jax.random.key(0), sharding.make_mesh()
+    key = jax.random.key(0)
     init = partial(init_model, found.model, batch)
     strategy = STRATEGIES[method](jax.eval_shape(init, key), (Load(base),), None)
     edits = (*strategy.edits, Load(grafted))
