@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 from jax.sharding import PartitionSpec as P
 
 from tljax import layers
@@ -225,6 +226,54 @@ def test_query_and_key_norms_standardise_every_head():
     near(attention.apply({"params": large}, x), attention.apply(variables, x), 1e-5)
 
 
+# What a CPU does in its own way
+
+
+@pytest.mark.parametrize("shape", [(7, 5), (5, 7)])
+def test_the_gradient_of_a_product_is_exact_whichever_side_is_wider(shape):
+    rows, kernel, direction = normal(9, shape[0]), normal(*shape, seed=1), normal(9, shape[1])
+    _, pull = jax.vjp(layers.product_on_cpu, rows, kernel)
+    expected = np.asarray(direction) @ np.asarray(kernel).T, np.asarray(rows).T @ direction
+    jax.tree.map(near, pull(direction), expected)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("masked", [False, True])
+def test_attention_with_heads_first_equals_jax_with_gradients(masked, causal):
+    heads = [normal(3, 7, 2, 4, seed=seed) for seed in range(3)]
+    # The last text has no token at all: its rows are means, not NaN.
+    mask = jnp.asarray(np.arange(7) < np.array([[7], [4], [0]]))[:, None, None]
+    mask = mask if masked else None
+
+    def both(attend):
+        y, pull = jax.vjp(lambda *heads: attend(*heads, mask, causal), *heads)
+        return y, *pull(normal(*y.shape, seed=3))
+
+    for ours, expected in zip(
+        both(layers.attend_heads_first), both(layers.attend_by_jax), strict=True
+    ):
+        near(ours, expected, 1e-5)  # the softmax divides before its product, or after it
+
+
+def test_attention_with_heads_first_keeps_its_weights_in_float32():
+    heads = [normal(2, 7, 2, 4, seed=seed).astype(jnp.bfloat16) for seed in range(3)]
+    ours = layers.attend_heads_first(*heads, None, False)
+    assert ours.dtype == jnp.bfloat16
+    exact = layers.attend_heads_first(*(x.astype(jnp.float32) for x in heads), None, False)
+    near(ours.astype(jnp.float32), exact, 2**-7)  # a rounding of the scaled query, weights, sum
+
+
+def test_gelu_is_exact():
+    x = np.linspace(-12, 12, 400001).astype(np.float32).astype(np.float64)
+    phi = 0.5 + 0.5 * scipy.special.erf(x * np.sqrt(0.5))
+    slope = phi + x * np.exp(-(x**2) / 2) / np.sqrt(2 * np.pi)
+    gelu = layers.ACTIVATIONS["gelu"]
+    y, pull = jax.vjp(gelu, jnp.asarray(x, jnp.float32))
+    # Four roundings of numbers up to 1 (erf, its half, the sum, the product), relative to |x|.
+    assert (np.abs(np.asarray(y, np.float64) - x * phi) <= 2.4e-7 * np.maximum(np.abs(x), 1)).all()
+    assert np.abs(np.asarray(pull(jnp.ones_like(y))[0], np.float64) - slope).max() < 5e-7
+
+
 # Convolution
 
 
@@ -235,21 +284,19 @@ def test_query_and_key_norms_standardise_every_head():
         *[((2, 5), (2, 5), 0), ((3, 2), (1, 2), 1)],
     ],
 )
-def test_convolution_as_matmul_equals_xla_with_gradients(size, stride, padding):
+def test_convolution_on_a_cpu_equals_xla_with_gradients(size, stride, padding):
     size, stride = layers.pair(size), layers.pair(stride)
     x, kernel = normal(2, 11, 10, 3), normal(*size, 3, 4, seed=1)
+    apart = size in ((1, 1), stride)
 
     def both(convolve):
         y, pull = jax.vjp(lambda x, k: convolve(x, k, stride, padding), x, kernel)
         return y, *pull(normal(*y.shape, seed=2))
 
-    # Sums of up to 150 products, in another order.
-    for ours, expected in zip(
-        jax.jit(lambda: both(layers.conv_as_matmul))(),
-        jax.jit(lambda: both(layers.conv_by_xla))(),
-        strict=True,
-    ):
-        near(ours, expected, 1e-5)
+    expected = jax.jit(lambda: both(layers.conv_by_xla))()
+    for convolve in (layers.conv_on_cpu, layers.conv_as_matmul)[: 1 + apart]:
+        for ours, theirs in zip(jax.jit(lambda by=convolve: both(by))(), expected, strict=True):
+            near(ours, theirs, 1e-5)  # sums of up to 150 products, in another order
 
 
 def test_conv_standardizes_every_filter():

@@ -27,6 +27,7 @@ Init = Callable[..., Array]
 Features = Float[Array, "*b d"]
 Projected = Float[Array, "*b o"]
 Tokens = Float[Array, "b l d"]
+Heads = Float[Array, "b _ h k"]
 Image = Float[Array, "b h w c"]
 Map = Float[Array, "b y x o"]
 Kernel = Float[Array, "p q c o"]
@@ -34,8 +35,19 @@ Kernel = Float[Array, "p q c o"]
 lecun_normal = nn.initializers.lecun_normal()
 small_normal = nn.initializers.truncated_normal(0.02)  # what BERT and ViT start tables with
 
+
+def exact_gelu(x: Float[Array, "..."]) -> Float[Array, "..."]:
+    """Return x Phi(x) by erf, in float32.
+
+    jax.nn.gelu takes erfc for it, which on a CPU costs 2.7 times as much.
+    Source: Hendrycks and Gimpel 2016, arXiv 1606.08415.
+    """
+    y = x.astype(jnp.float32)
+    return (y * (0.5 + 0.5 * jax.lax.erf(y * math.sqrt(0.5)))).astype(x.dtype)
+
+
 ACTIVATIONS: Mapping[str, Callable[[Array], Array]] = {
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),  # exact, by erf
+    "gelu": exact_gelu,
     "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),  # CLIP's
     "relu": jax.nn.relu,
@@ -87,9 +99,10 @@ class Dense(nn.Module):
         kernel = ports.kernel_of(self, self.kernel_init, (x.shape[-1], self.features))
         rescale = port(self, "rescale")
         rows = rows * along_last(rescale["in"], rows) if "in" in rescale else rows
-        y = ports.product(rows, kernel, jnp.matmul)
+        multiply = product_on_cpu if platform() == "cpu" else jnp.matmul
+        y = ports.multiplied(rows, kernel, multiply)
         if lora := port(self, "lora"):
-            y = ports.adapted(rows, y, kernel, lora, chance(self), jnp.matmul)
+            y = ports.adapted(rows, y, kernel, lora, chance(self), multiply)
         if self.use_bias:
             y += along_last(self.param("bias", nn.initializers.zeros, (self.features,)), y)
         return ports.rescaled(y, rescale).reshape(*x.shape[:-1], self.features)
@@ -138,13 +151,12 @@ class Conv(nn.Module):
         if self.standardize:  # what is standardised is the sum
             kernel, lora = (ports.folded(kernel, lora), {}) if lora else (kernel, lora)
             kernel = standardised(kernel.astype(jnp.float32), (0, 1, 2), 1e-10)
-        # A step of ResNet-50 (8 images of 224, 2 cores): 3.5 s by XLA's convolutions, 2.4 s so.
-        small = max(size) <= 3 or size == stride
-        by = conv_as_matmul if small and platform() == "cpu" else conv_by_xla
-        convolve = partial(by, stride=stride, padding=self.padding)
+        on_cpu = conv_as_matmul if size in ((1, 1), stride) else conv_on_cpu
+        by = on_cpu if platform() == "cpu" else conv_by_xla
+        convolve = lambda x, kernel: by(x, kernel, stride, self.padding)  # noqa: E731
         x = x.astype(self.dtype)
         x = x * along_last(rescale["in"], x) if "in" in rescale else x
-        y = ports.product(x, kernel, convolve)
+        y = ports.multiplied(x, kernel, convolve)
         if lora:
             y = ports.adapted(x, y, kernel, lora, chance(self), convolve)
         if self.use_bias:
@@ -158,21 +170,76 @@ def conv_by_xla(x: Image, kernel: Kernel, stride: tuple[int, int], padding: int)
     return jax.lax.conv_general_dilated(x, kernel, stride, pads, dimension_numbers=axes)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def conv_on_cpu(x: Image, kernel: Kernel, stride: tuple[int, int], padding: int) -> Map:
+    """Convolve by XLA, with both gradients spelt as forward convolutions.
+
+    XLA:CPU has a fast path for these alone, and inside the step's scan it does not bring jax's own
+    spelling into that form: with it ResNet-50's stem takes half of a step.
+    """
+    return conv_by_xla(x, kernel, stride, padding)
+
+
+def _conv_forward(x: Image, kernel: Kernel, *window: Any) -> tuple[Map, tuple[Image, Kernel]]:
+    return conv_by_xla(x, kernel, *window), (x, kernel)
+
+
+def _conv_backward(
+    stride: tuple[int, int], padding: int, saved: tuple[Image, Kernel], dy: Map
+) -> tuple[Image, Kernel]:
+    x, kernel = saved
+    axes = ("NHWC", "HWIO", "NHWC")
+    sides = list(zip(kernel.shape[:2], dy.shape[1:3], x.shape[1:3], stride, strict=True))
+    # y meets x at y * stride + p - padding: so does x the flipped kernel on a spread dy, and p a
+    # window of the spread dy on x.
+    pads = [(k - 1 - padding, n - 1 - (y - 1) * step + padding) for k, y, n, step in sides]
+    turned = kernel[::-1, ::-1].swapaxes(2, 3)
+    dx = jax.lax.conv_general_dilated(
+        dy, turned, (1, 1), pads, lhs_dilation=stride, dimension_numbers=axes
+    )
+    pads = [(padding, k + (y - 1) * step - n - padding) for k, y, n, step in sides]
+    image, window = x.transpose(3, 1, 2, 0), dy.transpose(1, 2, 0, 3)
+    dkernel = jax.lax.conv_general_dilated(
+        image, window, (1, 1), pads, rhs_dilation=stride, dimension_numbers=axes
+    )
+    return dx, dkernel.transpose(1, 2, 0, 3)
+
+
+conv_on_cpu.defvjp(_conv_forward, _conv_backward)
+
+
 def conv_as_matmul(x: Image, kernel: Kernel, stride: tuple[int, int], padding: int) -> Map:
-    """Gather the windows (im2col) and convolve as one matrix product."""
-    tall, broad, (down, right) = *kernel.shape[:2], stride
+    """Convolve windows of one pixel, or as large as the stride, as one matrix product."""
+    tall, broad = kernel.shape[:2]
     x = jnp.pad(x, ((0, 0), (padding, padding), (padding, padding), (0, 0)))
-    high, wide = (x.shape[1] - tall) // down + 1, (x.shape[2] - broad) // right + 1
-    if (tall, broad) == stride:  # windows do not overlap: a transpose
-        x = x[:, : high * tall, : wide * broad]
-        windows = rearrange(x, "b (h p) (w q) c -> b h w (p q c)", p=tall, q=broad)
-    else:
-        bottom, edge = down * (high - 1) + 1, right * (wide - 1) + 1
-        offsets = [(p, q) for p in range(tall) for q in range(broad)]
-        parts = [x[:, p : p + bottom : down, q : q + edge : right] for p, q in offsets]
-        windows = jnp.concatenate(parts, axis=-1)
-    y = windows.reshape(-1, windows.shape[-1]) @ kernel.reshape(-1, kernel.shape[-1])
+    if (tall, broad) == (1, 1):
+        x = x[:, :: stride[0], :: stride[1]]
+    x = x[:, : x.shape[1] // tall * tall, : x.shape[2] // broad * broad]
+    windows = rearrange(x, "b (h p) (w q) c -> b h w (p q c)", p=tall, q=broad)
+    y = product_on_cpu(windows.reshape(-1, windows.shape[-1]), kernel.reshape(-1, kernel.shape[-1]))
     return y.reshape(*windows.shape[:3], -1)
+
+
+@jax.custom_vjp
+def product_on_cpu(rows: Float[Array, "n i"], kernel: Float[Array, "i o"]) -> Float[Array, "n o"]:
+    """Multiply rows by a kernel; its gradient is formed with the wider side last.
+
+    XLA:CPU transposes the left side of rows^T dy as it goes: 0.8 times the speed if it is wide.
+    """
+    return rows @ kernel
+
+
+def _product_backward(
+    saved: tuple[Float[Array, "n i"], Float[Array, "i o"]], dy: Float[Array, "n o"]
+) -> tuple[Float[Array, "n i"], Float[Array, "i o"]]:
+    rows, kernel = saved
+    if rows.shape[1] <= dy.shape[1]:
+        return dy @ kernel.T, rows.T @ dy
+    # The barrier keeps XLA from turning the product round again.
+    return dy @ kernel.T, jax.lax.optimization_barrier(dy.T @ rows).T
+
+
+product_on_cpu.defvjp(lambda rows, kernel: (rows @ kernel, (rows, kernel)), _product_backward)
 
 
 class Embed(nn.Module):
@@ -313,6 +380,28 @@ class DropPath(Dropout):
         return (x.shape[0],) + (1,) * (x.ndim - 1)
 
 
+def attend_by_jax(
+    query: Heads, key: Heads, value: Heads, mask: Bool[Array, "b 1 1 l"] | None, causal: bool
+) -> Heads:
+    """Attend as jax chooses to."""
+    return jax.nn.dot_product_attention(query, key, value, mask=mask, is_causal=causal)
+
+
+def attend_heads_first(
+    query: Heads, key: Heads, value: Heads, mask: Bool[Array, "b 1 1 l"] | None, causal: bool
+) -> Heads:
+    """Attend with the heads before the tokens, whose products on a CPU are plain matrices' ones."""
+    query, key, value = (x.swapaxes(1, 2) for x in (query * query.shape[-1] ** -0.5, key, value))
+    scores = jnp.einsum("bhmk,bhlk->bhml", query, key, preferred_element_type=jnp.float32)
+    if causal:
+        below = jnp.tri(scores.shape[2], scores.shape[3], dtype=bool)[None, None]
+        mask = below if mask is None else mask & below
+    if mask is not None:  # finite, as in jax: a row without any token is a mean, not NaN
+        scores = jnp.where(mask, scores, 0.7 * jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(scores, -1).astype(value.dtype)
+    return jnp.einsum("bhml,bhlk->bhmk", weights, value).swapaxes(1, 2)
+
+
 class Attention(nn.Module):
     """Multi-head attention, without dropout on its probabilities (not supported).
 
@@ -352,9 +441,8 @@ class Attention(nn.Module):
         if mask is not None:
             mask = ports.in_front(jnp.ones(keys.shape[1] - x.shape[1], bool), mask)
         pairs = None if mask is None else mask[:, None, None, :]
-        y = jax.nn.dot_product_attention(
-            project("query", own), keys, values, mask=pairs, is_causal=self.causal
-        )
+        attend = attend_heads_first if platform() == "cpu" else attend_by_jax
+        y = attend(project("query", own), keys, values, pairs, self.causal)
         y = dense(name="out")(rearrange(y, "b l h k -> b l (h k)"))
         return ports.bottlenecks(self, own, y)
 

@@ -71,7 +71,7 @@ def kernel_of(module: nn.Module, init: Callable[..., Array], shape: tuple[int, .
     return stored if isinstance(stored, Mapping) and stored else module.param("kernel", init, shape)
 
 
-def product(x: Array, kernel: Any, multiply: Callable[[Array, Array], Array]) -> Array:
+def multiplied(x: Array, kernel: Any, multiply: Callable[[Array, Array], Array]) -> Array:
     """Return multiply(x, kernel) in the dtype of x; a quantised kernel is read for it alone.
 
     Its values are made again for the backward pass: only the codes are kept in between.
