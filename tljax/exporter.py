@@ -31,7 +31,7 @@ from tljax.weights.hf_config import kind_of, to_config
 from tljax.weights.preprocess import shift, to_hf
 from tljax.weights.table import all_finite, to_foreign
 
-OURS = {"parent", "name", "dtype", "read", "dropout", "drop_path", "momentum"}
+OURS = {"parent", "name", "dtype", "remat", "read", "dropout", "drop_path", "momentum"}
 """Fields that say how a model is trained or run here, not what it is."""
 WEIGHTS = ("kernel", "embedding")
 NAMES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
