@@ -156,8 +156,8 @@ PLAIN: Mapping[str, Mapping[str, Any]] = {
 }  # fmt: skip
 """The value of a field in every type of model whose configuration says nothing of it."""
 SILENT = (
-    "dropout", "drop_path", "momentum", "dtype", "resample", "num_classes", "mlm", "tokens", "pool",
-    "pooler", "distilled_head",
+    "dropout", "drop_path", "momentum", "dtype", "remat", "resample", "num_classes", "mlm",
+    "tokens", "pool", "pooler", "distilled_head",
 )  # fmt: skip
 """Fields that do not change the outputs at the stored sizes, or are those of heads."""
 
