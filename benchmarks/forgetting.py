@@ -1,6 +1,6 @@
 """What a network forgets of its first task while it learns a second one, and what helps.
 
-    python benchmarks/forgetting.py runs/forgetting      # 13 minutes of CPU time
+    python benchmarks/forgetting.py runs/forgetting      # about 15 minutes of CPU time
 
 Two tasks: a small ViT learns Fashion-MNIST (10,000 labels), then digits, under a head of their own;
 the first task is read by its own head, as `tljax eval RUN --data=SOURCE` does.  Every setting stops

@@ -27,7 +27,8 @@ NEW, OLD = rows(10, 0), rows(3, 1)
 
 def batches(share=0.25, start=0, size=8, count=6, seed=0, **processes):
     loader = Loader(size, threads=1, **processes)
-    return list(islice(loader.train(NEW, None, seed, None, start, 1, OLD, share), count))
+    mixed = loader.train(NEW, None, seed, start=start, replay=OLD, share=share)
+    return list(islice(mixed, count))
 
 
 def test_every_batch_has_its_share_of_rows():
