@@ -13,6 +13,8 @@ from tljax.data.augment import MixImages, TransformImage, random_erasing, random
 from tljax.data.transforms import IMAGENET, fit, normalise, resize
 from tljax.types import BadInput
 
+pytestmark = pytest.mark.once
+
 
 def rng(seed: int = 0) -> np.random.Generator:
     return np.random.default_rng(seed)

@@ -19,6 +19,8 @@ from tljax.objectives import make_objective
 from tljax.train import train
 from tljax.tree import flatten, split
 
+pytestmark = pytest.mark.once
+
 DEPTH, LAST_K = 12, (1 + 2 * 2 / 12) / 3
 FLOPS = {
     "probe": (0.32, 0.340),

@@ -16,6 +16,8 @@ from tljax.source import open_run
 from tljax.tree import flatten
 from tljax.types import BadInput, Output
 
+pytestmark = pytest.mark.once
+
 KEY = jax.random.key(0)
 ROWS, FEATURES, CLASSES = 7, 6, 3
 

@@ -17,6 +17,8 @@ from tljax.weights import open_weights
 from tljax.weights.hf import HF
 from tljax.weights.table import to_foreign
 
+pytestmark = pytest.mark.once
+
 SIZES = {"width": 8, "depth": 2, "mlp": 12, "vocab": 11, "positions": 6, "types": 2}
 CONFIG = {
     "model_type": "bert", "hidden_size": 8, "num_hidden_layers": 2, "intermediate_size": 12,

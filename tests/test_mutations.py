@@ -17,6 +17,8 @@ from tljax.proof import FIXTURE, NOTE
 from tljax.types import BadInput
 from tljax.weights.npz import write_npz
 
+pytestmark = pytest.mark.once
+
 SECONDS = 1.0  # of this process: what else the machine does is not counted
 BIG_VISION = {"eps": 1e-6, "activation": "gelu_tanh", "prefix_positions": False}
 MAP = {"pool": "map", "map_head": True, "class_token": False}

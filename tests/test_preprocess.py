@@ -19,6 +19,8 @@ from tljax.data.transforms import IMAGENET, Preprocess, fit, normalise, resize
 from tljax.types import BadInput
 from tljax.weights.preprocess import from_hf, from_timm, shift, to_hf, to_timm
 
+pytestmark = pytest.mark.once
+
 SIZES = [(37, 53), (61, 40), (300, 201), (97, 400), (411, 64), (224, 224), (225, 223), (11, 9)]
 KEPT: list = []
 

@@ -13,6 +13,8 @@ from tljax.source import open_source
 from tljax.tree import flatten
 from tljax.types import BadInput
 
+pytestmark = pytest.mark.once
+
 
 def tree(value, **more):
     return {

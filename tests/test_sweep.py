@@ -14,6 +14,8 @@ from tljax.sharding import put_batch
 from tljax.tree import join
 from tljax.types import BadInput
 
+pytestmark = pytest.mark.once
+
 DATA = {"name": "digits", "image_size": 8, "labels": 48, "validation": 40, "test": "test[:36]"}
 MODEL = {"name": "vit", "width": 32, "depth": 3, "heads": 2, "mlp": 64, "patch": 4}
 VALUES = {
