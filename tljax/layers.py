@@ -398,8 +398,10 @@ def attend_heads_first(
         mask = below if mask is None else mask & below
     if mask is not None:  # finite, as in jax: a row without any token is a mean, not NaN
         scores = jnp.where(mask, scores, 0.7 * jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, -1).astype(value.dtype)
-    return jnp.einsum("bhml,bhlk->bhmk", weights, value).swapaxes(1, 2)
+    largest = jax.lax.stop_gradient(scores.max(-1, keepdims=True))
+    weights = jnp.exp(scores - largest)  # divided by their sum where there are fewer numbers
+    y = jnp.einsum("bhml,bhlk->bhmk", weights.astype(value.dtype), value)
+    return (y / weights.sum(-1, keepdims=True)).astype(value.dtype).swapaxes(1, 2)
 
 
 class Attention(nn.Module):
