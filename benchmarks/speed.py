@@ -5,7 +5,9 @@ python benchmarks/speed.py --device gpu --model vit-b16 vit-l16 bert-large --com
 
 A step is forward, backward and AdamW; dropout is off.  The losses of both sides must agree before
 anything is timed.  The sides take turns (A B, A B, ..), so that a busy machine slows both, and
-medians and the median ratio of the turns are printed: above 1 tljax is the faster one.  On a GPU
+medians and the median ratio of the turns are printed: above 1 tljax is the faster one.  OpenMP
+waits for its slowest thread, so that torch suffers more on a busy machine; --one-thread counts the
+CPU seconds of one thread on either side, which others hardly change.  On a GPU
 products are bfloat16 (torch by autocast), and MFU is the share of what a large matrix product
 reaches in the same process; the weights' floating-point operations are counted, 2 to a product.
 """
@@ -32,7 +34,7 @@ from tljax.build import init_model, make_shardings
 from tljax.edits.load import Load
 from tljax.state import apply_edits, assign_roles, make_birth
 from tljax.step import make_step
-from tljax.strategies import make
+from tljax.strategies import STRATEGIES
 from tljax.tree import flatten, split
 
 RATE, DECAY, CLASSES, CHECKED = 1e-4, 0.05, 10, 3
@@ -96,10 +98,9 @@ def freeze(model: Any, method: str) -> Any:
     if method == "lora":
         import peft
 
-        targets = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": QUERY_VALUE}
-        return peft.get_peft_model(
-            model, peft.LoraConfig(**targets, modules_to_save=["classifier"])
-        )
+        settings = {"r": 8, "lora_alpha": 16, "lora_dropout": 0.0, "target_modules": QUERY_VALUE}
+        settings |= {"modules_to_save": ["classifier"]}
+        return peft.get_peft_model(model, peft.LoraConfig(**settings))
     for name, parameter in model.named_parameters():
         parameter.requires_grad = method == "full" or name.startswith("classifier")
     return model.train(method == "full")  # a probe leaves BatchNorm's statistics alone
@@ -147,8 +148,8 @@ def run_jax(folder: Path, method: str, batch: Mapping[str, np.ndarray], low: boo
     base = {path: x for path, x in values.items() if path not in grafted}
     key = jax.random.key(0)
     init = partial(init_model, found.model, batch)
-    strategy = make(jax.eval_shape(init, key), None, [(method, {})])
-    edits = (Load(base), *strategy.edits, Load(grafted))
+    strategy = STRATEGIES[method](jax.eval_shape(init, key), (Load(base),), None)
+    edits = (*strategy.edits, Load(grafted))
     tree = jax.eval_shape(lambda edits, key: apply_edits(edits, init(key), key), edits, key)
     objective = sharding.under(mesh, objectives.make_objective("classify", found.model))
     roles = assign_roles(tree, (), strategy.roles, objective, batch, key).tree
@@ -204,15 +205,17 @@ def check(runs: Mapping[str, Run], low: bool) -> dict[str, list[float]]:
     return losses
 
 
-def interleaved(runs: Mapping[str, Run], rounds: int, steps: int) -> dict[str, list[float]]:
+def interleaved(
+    runs: Mapping[str, Run], rounds: int, steps: int, clock: Callable[[], float]
+) -> dict[str, list[float]]:
     """Return seconds a step, once a round for every side; one round before them is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for number in range(rounds + 1):
         for name, run in runs.items():
-            began = time.perf_counter()
+            began = clock()
             run(steps)
             if number:
-                seconds[name].append((time.perf_counter() - began) / steps)
+                seconds[name].append((clock() - began) / steps)
     return seconds
 
 
@@ -244,7 +247,8 @@ def report(name: str, method: str, given: argparse.Namespace, best: float) -> No
     case, gpu = CASES[name], given.device == "gpu"
     runs = pair(case, method, given.batch, "cuda" if gpu else "cpu", given.compile, gpu)
     losses = check(runs, gpu)
-    seconds = interleaved(runs, given.rounds, given.steps)
+    clock = time.process_time if given.one_thread else time.perf_counter
+    seconds = interleaved(runs, given.rounds, given.steps, clock)
     load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
     shown = " ".join(f"{x:.5f}/{y:.5f}" for x, y in zip(*losses.values(), strict=True))
     print(f"\n{name} {method}, batch {given.batch}, load {load}, first losses {shown}")
@@ -268,7 +272,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5, help="timed rounds (default 5)")
     parser.add_argument("--steps", type=int, help="steps of a round (default 1, on a GPU 10)")
     parser.add_argument("--compile", action="store_true", help="time torch.compile as well")
+    parser.add_argument("--one-thread", action="store_true", help="CPU seconds of one thread each")
     given = parser.parse_args()
+    if given.one_thread:
+        os.environ["NPROC"] = "1"  # XLA reads it as its first device is made
+        torch.set_num_threads(1)
     gpu = given.device == "gpu"
     given.batch, given.steps = given.batch or (256 if gpu else 8), given.steps or (10 if gpu else 1)
     jax.config.update("jax_platforms", "cuda" if gpu else "cpu")
