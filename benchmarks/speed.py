@@ -34,7 +34,7 @@ from tljax.build import init_model, make_shardings
 from tljax.edits.load import Load
 from tljax.state import apply_edits, assign_roles, make_birth
 from tljax.step import make_step
-from tljax.strategies import STRATEGIES
+from tljax.strategies import make
 from tljax.tree import flatten, split
 
 RATE, DECAY, CLASSES, CHECKED = 1e-4, 0.05, 10, 3
@@ -148,8 +148,8 @@ def run_jax(folder: Path, method: str, batch: Mapping[str, np.ndarray], low: boo
     base = {path: x for path, x in values.items() if path not in grafted}
     key = jax.random.key(0)
     init = partial(init_model, found.model, batch)
-    strategy = STRATEGIES[method](jax.eval_shape(init, key), (Load(base),), None)
-    edits = (*strategy.edits, Load(grafted))
+    strategy = make(jax.eval_shape(init, key), found.model.read, [(method, {})])
+    edits = (Load(base), *strategy.edits, Load(grafted))
     tree = jax.eval_shape(lambda edits, key: apply_edits(edits, init(key), key), edits, key)
     objective = sharding.under(mesh, objectives.make_objective("classify", found.model))
     roles = assign_roles(tree, (), strategy.roles, objective, batch, key).tree
