@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import partial, wraps
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -59,6 +59,7 @@ def filled(function: Callable[..., Any], like: Batch) -> Callable[..., Any]:
     Nothing reads them: they are dead code, as is what the model would compute from them.
     """
 
+    @wraps(function)
     def whole(tree: Tree, batch: Batch, *rest: Any) -> Any:
         rows = jax.tree.leaves(batch)[0].shape[0]
         lacks = like.keys() - batch.keys() - {"label"} if "cut" in batch else ()
