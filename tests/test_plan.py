@@ -45,7 +45,10 @@ def runs_again(function, *inputs):
     return "prevent_cse=" in str(jax.make_jaxpr(function)(*inputs))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name",
+    ["vit", *(pytest.param(name, marks=pytest.mark.slow) for name in MODELS if name != "vit")],
+)
 def test_running_blocks_again_changes_no_number(name):
     """Dropout draws the same bits; sums may differ in the last ones, as the program is another."""
     model, batch = MODELS[name]
