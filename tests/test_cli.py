@@ -22,6 +22,8 @@ ROOT = Path(__file__).resolve().parent.parent
 TINY = """
 from ml_collections import ConfigDict
 
+pytestmark = pytest.mark.once
+
 
 def get_config(strategy="scratch"):
     return ConfigDict({

@@ -20,6 +20,8 @@ from tljax.data.sources import Info, Rows, Source, Splits, subset
 from tljax.data.tokens import MaskTokens, Tokenizer, encode, pack, train_wordpiece
 from tljax.types import BadInput
 
+pytestmark = pytest.mark.once
+
 SENTENCES = [
     "the cat sat on the mat",
     "a dog barked at the cat all night long",

@@ -22,6 +22,8 @@ from tljax.proof import FIXTURE, NOTE
 from tljax.tree import flatten, map_with_path, unflatten
 from tljax.types import BadInput
 
+pytestmark = pytest.mark.once
+
 LABELS = ("cat", "dog", "emu")
 IDS = np.random.default_rng(1).integers(3, 50, (2, 10)).astype(np.int32)
 MASK = (np.arange(10) < [[10], [7]]).astype(np.int32)

@@ -26,6 +26,8 @@ from tljax.weights.files import held
 from tljax.weights.npz import NPZ, open_npz_weights, to_npz, write_npz
 from tljax.weights.table import to_tljax
 
+pytestmark = pytest.mark.once
+
 # The originals, with the names that their authors gave (models.vit and models.bit_paper of
 # big_vision, models_vit of vision_transformer): Flax makes the leaves and their layouts.
 

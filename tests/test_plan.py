@@ -13,6 +13,8 @@ from tljax.__main__ import main
 from tljax.config import parse
 from tljax.types import BadInput
 
+pytestmark = pytest.mark.once
+
 MODELS = {
     "vit": (dataclasses.replace(VIT, depth=2, dropout=0.1, drop_path=0.1), image_batch()),
     "resnet": (RESNET, image_batch()),

@@ -111,6 +111,7 @@ def test_replay_of_another_kind_is_refused(tmp_path):
         opened({"name": "digits", "replay": {"name": str(table)}})
 
 
+@pytest.mark.slow
 def test_a_run_is_read_by_the_head_of_the_one_that_it_started_from(tmp_path, capsys):
     """Two tasks with other labels: `eval NEW --data=OLD` takes OLD's data, and its head."""
     run = {"steps": 2, "batch": 16}

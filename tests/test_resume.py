@@ -378,6 +378,7 @@ def write_lines(path: Path, lines: list[str]) -> Path:
     return path
 
 
+@pytest.mark.slow
 def test_plain_text_pretrains_and_adapts(folder, capsys):
     lines = [{"text": sentence(kind, i)} for i in range(200) for kind in WORDS]
     text_run(folder, "mlm", lines, run={"steps": 3, "batch": 16})

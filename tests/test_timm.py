@@ -57,7 +57,7 @@ CASES = {
     "averaging, basic": ("resnet34", BLOCKS | {"avg_down": True}),
 }
 VITS = [name for name, (kind, _) in CASES.items() if not kind.startswith("resnet")]
-pytestmark = pytest.mark.torch
+pytestmark = [pytest.mark.once, pytest.mark.torch]
 
 
 def randomise(model, seed=0):

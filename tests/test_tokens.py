@@ -14,6 +14,8 @@ from tljax.data.tokens import MaskTokens, Tokenizer, encode, pack, train_wordpie
 from tljax.types import BadInput
 from tljax.weights import files, tokenizer_files
 
+pytestmark = pytest.mark.once
+
 CORPUS = [
     "the cat sat on the mat, and the cats' mats were sat on",
     "a dog barked at 1,234.5 cats all night long; it's unbelievable!",

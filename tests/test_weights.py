@@ -20,6 +20,8 @@ from tljax.weights import folder as folders
 from tljax.weights.hf import HF
 from tljax.weights.table import to_foreign
 
+pytestmark = pytest.mark.once
+
 DATA = Path(__file__).parent / "data"
 # Correct independent float32 code agrees to about 1e-6 of the largest value; a tanh GELU in the
 # place of the exact one differs by 1e-4.
