@@ -33,7 +33,7 @@ def floor(objective: Objective, parts: Parts, batch: Batch, key: Key) -> float:
 def products(jaxpr: Jaxpr, moves: Sequence[bool]) -> tuple[float, list[bool]]:
     """Return the FLOPs of a program's products, and which of its results depend on what moves.
 
-    Raises: NotImplementedError for a loop, whose rounds it does not count.
+    Raises: ValueError for a loop: a program does not say how often a `while` runs.
     """
     moved = {x for x, flag in zip(jaxpr.invars, moves, strict=True) if flag}
     depends = lambda x: not isinstance(x, Literal) and x in moved  # noqa: E731 - a literal has no hash
@@ -42,7 +42,7 @@ def products(jaxpr: Jaxpr, moves: Sequence[bool]) -> tuple[float, list[bool]]:
         name, given = equation.primitive.name, [depends(x) for x in equation.invars]
         own = [any(given) and name != "stop_gradient"] * len(equation.outvars)
         if name in ("scan", "while"):
-            raise NotImplementedError(f"a {name} in the forward pass")
+            raise ValueError(f"a {name} in the forward pass: its rounds cannot be counted")
         if name in ("dot_general", "conv_general_dilated"):
             flops += product(equation) * (1 + sum(given))
         elif inner := [x for x in jax.tree.leaves(list(equation.params.values())) if is_program(x)]:

@@ -60,7 +60,8 @@ def check_options(function: Callable[..., Any], options: Mapping[str, Any], wher
     strict = ConfigDict(strict=True, allow_inf_nan=False, arbitrary_types_allowed=True)
     for name, value in options.items():
         if name not in known:
-            raise BadInput(f"{where} has no {name!r}; did you mean {nearest(name, known)}?")
+            hint = f"did you mean {nearest(name, known)}?" if known else "it takes no options"
+            raise BadInput(f"{where} has no {name!r}; {hint}")
         try:
             TypeAdapter(hints.get(name, Any), config=strict).validate_python(value)
         except ValidationError as error:
