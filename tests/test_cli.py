@@ -18,12 +18,11 @@ from safetensors.numpy import load_file, save_file
 
 from tljax.__main__ import main
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(__file__).resolve().parent.parent
 TINY = """
 from ml_collections import ConfigDict
-
-pytestmark = pytest.mark.once
-
 
 def get_config(strategy="scratch"):
     return ConfigDict({
