@@ -2,9 +2,10 @@
 
 The whole list of what a layer does because something is there:
 - a Dense or Conv `kernel` that is itself a tree: quantised, and read as it is needed.
-- `lora/{a, b, scale, rate}` beside a Dense or Conv `kernel` or an Embed's `embedding`:
-  y += scale * dropout(x, rate) @ a @ b.  With `lora/{inner, outer}` (VeRA): diagonal matrices
-  after a and b.  With `lora/magnitude` (DoRA): y takes this length in every column of the kernel.
+- `lora/{a, b, scale}` beside a Dense or Conv `kernel` or an Embed's `embedding`:
+  y += scale * x @ a @ b.  With `lora/rate`: x is dropped at this rate there, of a Dense or Conv.
+  With `lora/{inner, outer}` (VeRA): diagonal matrices after a and b.  With `lora/magnitude`
+  (DoRA): y takes this length in every column of the kernel.
 - `rescale/{in, out, shift}` in a Dense, Conv or norm: x *= in; y = y * out + shift.
 - `serial/<activation>/{down, up, scale}` in Attention or Mlp: y += scale * up(act(down(y))).
 - `parallel/<activation>/{down, up, scale}` there: y += scale * up(act(down(x))).
@@ -90,10 +91,8 @@ def low_rank(
     (inner and outer, there d and b).
     """
     a, b, scale = (lora[name].astype(x.dtype) for name in ("a", "b", "scale"))
-    if key is not None:
-        # The rate is data, so that of zero draws no bits at run time.
-        drop = lambda x: dropped(x, lora["rate"], key, x.shape)  # noqa: E731
-        x = jax.lax.cond(lora["rate"] > 0, drop, lambda x: x, x)
+    if key is not None and "rate" in lora:
+        x = dropped(x, lora["rate"], key, x.shape)
     y = multiply(x, a)
     y = (y * along_last(lora["inner"], y) if "inner" in lora else y) @ b
     return (y * along_last(lora["outer"], y) if "outer" in lora else y) * scale

@@ -368,7 +368,8 @@ def lora(
     below = tuple(f"{path}/" for path in biased)
     trained += [path for path in present if path.startswith(below)] if below else []
     groups = [(f"{path}/lora/b", Group(lr=b_rate)) for path in paths if b_rate != 1.0]
-    constants = [f"{path}/lora/{name}" for path in paths for name in ("scale", "rate")]
+    still = low_rank.constants(1.0, dropout)
+    constants = [f"{path}/lora/{name}" for path in paths for name in still]
     return with_head(tree, head_rate, trained, [edit], constants, groups)
 
 
@@ -391,12 +392,13 @@ def vera(
     made = tuple(low_rank.Target(path, rank, 1.0) for path in paths)
     edit = low_rank.GraftVectors(made, dropout, start)
     trained = [f"{path}/lora/{name}" for path in paths for name in ("inner", "outer")]
+    still = ("a", "b", *low_rank.constants(1.0, dropout))
     return with_head(
         tree,
         head_rate,
         trained,
         [edit],
-        [f"{path}/lora/{name}" for path in paths for name in ("a", "b", "scale", "rate")],
+        [f"{path}/lora/{name}" for path in paths for name in still],
     )
 
 

@@ -60,12 +60,18 @@ STARTS: dict[str, Callable[[Key, Array, Target], Factors]] = {
 }
 
 
+def constants(scale: float, rate: float) -> dict[str, Array]:
+    """Return the leaves that nothing trains; a rate of zero is none, so that no mask is kept."""
+    return {"scale": jnp.asarray(scale)} | ({"rate": jnp.asarray(rate)} if rate else {})
+
+
 @struct.dataclass
 class Graft:
     """Add low-rank factors at the targets.
 
-    `{query: {kernel}}  ->  {query: {kernel, lora: {a, b, scale, rate}}}`
+    `{query: {kernel}}  ->  {query: {kernel, lora: {a, b, scale}}}`
 
+    rate: of dropout on the factors' input, a leaf beside them unless it is zero.
     init="zero" starts the update at zero.  "pissa" and "olora" start it at a part of the kernel,
     from which it is taken.  magnitude: learn the length of every column, from the kernel's (DoRA).
     Source: Hu et al. 2021, arXiv 2106.09685, section 4.1 (which draws a from a Gaussian); Meng et
@@ -97,7 +103,7 @@ class Graft:
         if kernel.ndim > 2 and self.init != "zero":
             raise BadInput(f"init={self.init!r} decomposes dense kernels; {target.path} is conv")
         a, b = STARTS[self.init](key, kernel, target)
-        new = {"lora": {"a": a, "b": b} | self.constants(target)}
+        new = {"lora": {"a": a, "b": b} | constants(target.scale, self.rate)}
         if self.magnitude:
             new["lora"]["magnitude"] = lengths(kernel)
         if self.init == "zero":
@@ -113,11 +119,8 @@ class Graft:
             what = "DoRA" if self.magnitude else f"init={self.init!r}"
             raise BadInput(f"{what} serves kernels, but {target.path} is an embed layer")
         b = jax.random.normal(key, (target.rank, width))
-        return {"lora": {"a": jnp.zeros((rows, target.rank)), "b": b} | self.constants(target)}
-
-    def constants(self, target: Target) -> dict[str, Array]:
-        """Return the leaves that nothing trains."""
-        return {"scale": jnp.asarray(target.scale), "rate": jnp.asarray(self.rate)}
+        a = jnp.zeros((rows, target.rank))
+        return {"lora": {"a": a, "b": b} | constants(target.scale, self.rate)}
 
 
 def plain_kernel(node: Tree, target: Target) -> Float[Array, "*k o"]:
@@ -145,7 +148,7 @@ def require_rank(target: Target, shape: tuple[int, ...]) -> None:
 class GraftVectors:
     """Add VeRA at the targets: factors that stay random and are alike, and two vectors that learn.
 
-    `{kernel}  ->  {kernel, lora: {a, b, inner, outer, scale, rate}}`
+    `{kernel}  ->  {kernel, lora: {a, b, inner, outer, scale}}`, and `rate` as above
 
     a and b are cut out of one pair that is as large as the largest target.  outer = 0 and
     inner = start, as in PEFT.  Every layer holds its own copy of a and b.
@@ -166,6 +169,6 @@ class GraftVectors:
         b = kaiming(second, (rank, columns), rank)
         for target, (i, o) in zip(self.targets, shapes, strict=True):
             vectors = {"inner": jnp.full(rank, self.start), "outer": jnp.zeros(o)}
-            constants = {"scale": jnp.asarray(target.scale), "rate": jnp.asarray(self.rate)}
-            leaves[target.path] = {"lora": {"a": a[:i], "b": b[:, :o]} | vectors | constants}
+            still = constants(target.scale, self.rate)
+            leaves[target.path] = {"lora": {"a": a[:i], "b": b[:, :o]} | vectors | still}
         return graft(tree, leaves)

@@ -160,8 +160,8 @@ def _refuse_elsewhere(adapter: Adapter, table: list[Leaf]) -> None:
 def graft_adapter(tree: Tree, adapter: Adapter, kind: str, fields: Mapping[str, Any]) -> Tree:
     """Add the adapter's factors beside their kernels, and put in the modules it saved whole.
 
-    `{kernel}  ->  {kernel, lora: {a, b, scale, rate}}`, with `magnitude` for DoRA.  `kind` is the
-    base model's type in transformers; `fields` are its own with us, heads or none.
+    `{kernel}  ->  {kernel, lora: {a, b, scale}}`, with `magnitude` for DoRA and `rate` for dropout.
+    `kind` is the base model's type in transformers; `fields` are its own with us, heads or none.
     Raises: BadInput for a tensor that has no place, is missing, or does not fit its kernel.
     """
     _check_kind(kind)
@@ -185,7 +185,8 @@ def graft_adapter(tree: Tree, adapter: Adapter, kind: str, fields: Mapping[str, 
                     f"but r and rank_pattern of its adapter_config.json say {told}"
                 )
             new[f"{own}/scale"] = np.float32(adapter.settings.scale_of(module))
-            new[f"{own}/rate"] = np.float32(adapter.settings.lora_dropout)
+            if rate := adapter.settings.lora_dropout:
+                new[f"{own}/rate"] = np.float32(rate)
     return unflatten(old | {path: np.asarray(leaf) for path, leaf in new.items()})
 
 

@@ -143,7 +143,7 @@ def describe(places: Mapping[str, str], lora: Mapping[str, Any]) -> dict[str, An
     """
     ranks = {module: lora[f"{own}/a"].shape[1] for module, own in places.items()}
     alphas = {m: _alpha(float(lora[f"{own}/scale"]), ranks[m]) for m, own in places.items()}
-    rates = sorted({float(np.float32(lora[f"{own}/rate"])) for own in places.values()})
+    rates = sorted({float(np.float32(lora.get(f"{own}/rate", 0))) for own in places.values()})
     if len(rates) > 1:
         raise BadInput(f"an adapter has one dropout rate; the tree has {rates}")
     rank, alpha = (Counter(x.values()).most_common(1)[0][0] for x in (ranks, alphas))
