@@ -170,7 +170,7 @@ LORA = {
     "rank=33": ["rank 33", "32 x 32"],
     "rank=0": ["rank", "at least 1"],
     "rak=4": ["rak", "did you mean rank"],
-    "alpha=-1.0": ["alpha", "not be negative"],
+    "alpha=-1.0": ["alpha", "greater than 0"],
     "alpha=1e999": ["alpha", "finite"],
     "targets=('**/qurey',)": ["**/qurey", "query"],
 }

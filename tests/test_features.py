@@ -2,8 +2,11 @@
 
 import dataclasses
 import json
+import os
 import re
+import shutil
 from functools import partial
+from itertools import islice
 
 import jax
 import jax.numpy as jnp
@@ -210,8 +213,9 @@ def squared(batch):
 
 
 def table_of(made_of=lambda: {"seed": 1}, values=squared):
-    put = partial(put_batch, mesh=make_mesh())
-    return compute(values, squares(), put, made_of)
+    mesh = make_mesh()
+    put = partial(put_batch, mesh=mesh)
+    return compute(values, squares(), put, made_of, mesh)
 
 
 def refuse_to_compute(batch):
@@ -232,11 +236,11 @@ def files(monkeypatch, tmp_path):
 
 
 def test_a_table_holds_every_row_of_every_part_in_order(files, monkeypatch):
-    written = table_of(values=refuse_to_compute)
+    written = table_of(values=refuse_to_compute).held
     assert all(isinstance(column, np.memmap) for column in written.values())
     rows = np.r_[np.arange(21), 100 + np.arange(5), 200 + np.arange(8)]
     monkeypatch.setattr(features, "MEMORY", 1 << 20)
-    for table in (written, table_of()):
+    for table in (written, table_of().held):
         np.testing.assert_array_equal(table["label"], rows)
         assert table["cut/head"].dtype == jnp.bfloat16
         want = np.square(rows[:, None].repeat(3, 1)).astype(jnp.bfloat16)
@@ -253,10 +257,14 @@ def test_a_table_that_is_not_what_it_states_is_refused(files):
     key = json.loads(stated.read_text())["key"]
     file = files / "cut.head.npy"
     whole = file.read_bytes()
-    for damaged in (whole[:-1], whole + b"0"):
+    flipped = whole[:200] + bytes([whole[200] ^ 1]) + whole[201:]
+    for damaged in (whole[:-1], whole + b"0", flipped):
         file.write_bytes(damaged)
-        with pytest.raises(BadInput, match=rf"cut.head.npy has {len(damaged)} bytes, \[34, 3\]"):
+        with pytest.raises(BadInput, match=r"cut.head.npy is not the file that was written"):
             table_of(values=refuse_to_compute)
+    file.unlink()
+    with pytest.raises(BadInput, match=r"cut.head.npy is not the file that was written"):
+        table_of(values=refuse_to_compute)
     file.write_bytes(whole)
     stated.write_text(json.dumps({"key": "another"}))
     with pytest.raises(BadInput, match=f"states key another, this run's features have {key}"):
@@ -274,20 +282,37 @@ def test_nothing_half_written_is_left_where_a_pass_ends_early(monkeypatch, tmp_p
     assert not list((tmp_path / "features").iterdir())
 
 
+def test_what_a_killed_pass_leaves_is_in_nobodys_way(files):
+    """Also where a container gives every start the same process number."""
+    for name in ("1.tmp", f"{os.getpid()}.0.tmp"):
+        (files.parent / f"{files.name}.{name}").mkdir()
+    shutil.rmtree(files)
+    table_of()
+    assert (files / "features.json").is_file()
+
+
 @pytest.mark.parametrize("room", [0, 1 << 20])
 def test_batches_of_a_table_are_those_of_the_data(monkeypatch, room):
-    """On the host, and on eight devices that pick the rows."""
+    """On the host, and on a mesh of eight devices whose rows are spread over four of them.
+
+    Seven training batches are more than two epochs: an epoch ends within a batch.
+    """
     monkeypatch.setattr(features, "MEMORY", 1 << 20)
-    monkeypatch.setattr(features, "room", lambda: room)
-    mesh, plain = make_mesh(), squares()
-    ready, put = serve(table_of(), plain, mesh)
-    for batches, others in (
-        (plain.train_batches(2), ready.train_batches(2)),
-        (plain.eval_batches("validation"), ready.eval_batches("validation")),
-        (plain.eval_batches("test"), ready.eval_batches("test")),
+    monkeypatch.setattr(features, "room", lambda _: room)
+    mesh, plain = make_mesh(data=2, fsdp=2, tensor=2), squares()
+    table = compute(squared, squares(), partial(put_batch, mesh=mesh), dict, mesh)
+    assert table.spread.keys() == ({"cut/head"} if room else set())
+    for column in table.spread.values():
+        assert {part.data.shape for part in column.addressable_shards} == {(5, 2, 3)}
+    ready, put = serve(table, plain, mesh)
+    for batches, others, count in (
+        (plain.train_batches(2), ready.train_batches(2), 7),
+        (plain.eval_batches("validation"), ready.eval_batches("validation"), 1),
+        (plain.eval_batches("test"), ready.eval_batches("test"), 1),
     ):
-        for want, batch in zip((next(batches) for _ in range(1)), others, strict=False):
+        for want, batch in zip(islice(batches, count), others, strict=False):
             assert ("row" in batch) == (room > 0)
+            np.testing.assert_array_equal(batch["label"], want["label"], "labels stay here too")
             got = jax.device_get(put(batch))
             np.testing.assert_array_equal(got["label"], want["label"])
             exact = np.square(want["image"]).astype(jnp.bfloat16)
@@ -325,22 +350,25 @@ def test_a_view_is_drawn_by_example_and_view_alone():
 
 
 def test_a_run_says_why_it_computes_no_features_once(monkeypatch):
-    plain, cut = squares(), Cut(("head",), (), SHAPES)
+    plain, cut, mesh = squares(), Cut(("head",), (), SHAPES), make_mesh()
     endless = dataclasses.replace(plain, versions=None)
     where = lambda: cut  # noqa: E731
-    assert decide("auto", plain, 100, where)[0] is cut
-    assert decide("auto", plain, 34, where) == (
+    asked = lambda mode, pipeline, passes, find: decide(mode, pipeline, mesh, passes, find)  # noqa: E731
+    assert asked("auto", plain, 100, where)[0] is cut
+    assert asked("auto", plain, 34, where) == (
         None, "computed at every step, as most examples are seen no more than once"
     )  # fmt: skip
-    assert decide("on", plain, 1, where)[0] is cut
-    assert decide("off", plain, 100, where)[0] is None
-    assert "never repeat" in decide("auto", endless, 100, where)[1]
-    assert "lora/a is not frozen" in decide("auto", plain, 99, lambda: "lora/a is not frozen")[1]
+    assert asked("on", plain, 1, where)[0] is cut
+    assert asked("off", plain, 100, where)[0] is None
+    assert "never repeat" in asked("auto", endless, 100, where)[1]
+    assert "lora/a is not frozen" in asked("auto", plain, 99, lambda: "lora/a is not frozen")[1]
     with pytest.raises(BadInput, match=r"run.features='on'.* never repeat"):
-        decide("on", endless, 100, where)
+        asked("on", endless, 100, where)
     monkeypatch.setattr(features, "MEMORY", 0)
     monkeypatch.setattr(features.shutil, "disk_usage", lambda _: type("", (), {"free": 100}))
-    assert "fit neither in memory nor" in decide("auto", plain, 100, where)[1]
+    assert "fit neither in memory nor" in asked("auto", plain, 100, where)[1]
+    monkeypatch.setattr(features, "room", lambda _: 1 << 20)
+    assert asked("auto", plain, 100, where)[0] is cut, "the devices have room"
 
 
 @pytest.mark.parametrize(
@@ -383,18 +411,27 @@ def trained(workdir, features="auto"):
     return result, [{k: v for k, v in row.items() if k != "time"} for row in rows]
 
 
+@pytest.fixture(scope="module")
+def on_the_fly(tmp_path_factory):
+    """Return the folder, the result and the log of the run without features."""
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, *trained(folder, "off")
+
+
+@pytest.mark.parametrize("room", [0, 1 << 30])
 def test_a_run_from_features_is_the_run_on_the_fly_and_goes_on_to_the_bit(
-    tmp_path, capsys, monkeypatch
+    room, on_the_fly, tmp_path, capsys, monkeypatch
 ):
     """On eight devices, with two views of each image and an epoch that ends within a batch."""
+    monkeypatch.setattr(features, "room", lambda _: room)
     once, lines = trained(tmp_path / "once")
     assert "features computed once up to head: 172 rows" in capsys.readouterr().out
-    whole, others = trained(tmp_path / "whole", "off")
+    folder, whole, others = on_the_fly
     for row, other in zip(lines, others, strict=True):
         # 2e-5: float32 features of two programs, over 14 steps of AdamW.
         assert row == pytest.approx(other, rel=2e-5)
     assert once["test"] == pytest.approx(whole["test"], rel=2e-5)
-    own, theirs = (flatten(read_tree(tmp_path / name)) for name in ("once", "whole"))
+    own, theirs = (flatten(read_tree(path)) for path in (tmp_path / "once", folder))
     assert own.keys() == theirs.keys(), "what is on disk is whole"
     for path, leaf in own.items():
         np.testing.assert_allclose(leaf, theirs[path], rtol=0, atol=2e-5, err_msg=path)

@@ -318,7 +318,7 @@ def build(
     place_of = partial(features.find_cut, model, objective, predict, split(tree, roles.tree))
     passes = examples_seen(config, len(pipeline.splits.validation))
     mode, find = config.run.features, lambda: place_of(batch, key)
-    cut, how = features.decide(mode, pipeline, passes, find)
+    cut, how = features.decide(mode, pipeline, mesh, passes, find)
     objective, predict = (features.filled(each, batch) for each in (objective, predict))
     return Experiment(
         config=config,

@@ -4,13 +4,14 @@ A cut is a place of the port `cut` (ports.py).  Where everything below it is fro
 evaluation start at the cut, from a table of what passed it: the same step, from other batches.
 """
 
+import errno
 import hashlib
 import json
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial, wraps
 from itertools import pairwise
@@ -62,7 +63,8 @@ def filled(function: Callable[..., Any], like: Batch) -> Callable[..., Any]:
     @wraps(function)
     def whole(tree: Tree, batch: Batch, *rest: Any) -> Any:
         rows = jax.tree.leaves(batch)[0].shape[0]
-        lacks = like.keys() - batch.keys() - {"label"} if "cut" in batch else ()
+        # In the batch's order, not a set's: the program must be the same in every process.
+        lacks = [k for k in like if k not in batch and k != "label"] if "cut" in batch else []
         zeros = {k: jnp.zeros((rows, *like[k].shape[1:]), like[k].dtype) for k in lacks}
         return function(tree, zeros | dict(batch), *rest)
 
@@ -137,7 +139,7 @@ def rows_of(pipeline: Pipeline) -> list[tuple[Source, Any]]:
 
 
 def decide(
-    mode: str, pipeline: Pipeline, passes: int, find: Callable[[], Cut | str]
+    mode: str, pipeline: Pipeline, mesh: sharding.Mesh, passes: int, find: Callable[[], Cut | str]
 ) -> tuple[Cut | None, str]:
     """Choose the cut that a run starts from, or none, and say why.
 
@@ -156,7 +158,7 @@ def decide(
         found = "most examples are seen no more than once" if few else find()
         if isinstance(found, Cut):
             held, names = size_of(found.batch, total), ", ".join(found.names)
-            if not (why := too_large(held)):
+            if not (why := too_large(held, mesh)):
                 return found, f"computed once up to {names}: {total:,} rows, {held:,} bytes"
             found = why
     if mode == "on":
@@ -164,51 +166,102 @@ def decide(
     return None, f"computed at every step, as {found}"
 
 
-def too_large(size: int) -> str:
+def too_large(size: int, mesh: sharding.Mesh) -> str:
     """Say why so many bytes can be kept nowhere, or nothing."""
     there = next(path for path in (cache_folder(), *cache_folder().parents) if path.exists())
-    if size <= max(MEMORY, (free := shutil.disk_usage(there).free) // 2):
+    if size <= max(room(mesh), MEMORY, (free := shutil.disk_usage(there).free) // 2):
         return ""
     return f"their {size:,} bytes fit neither in memory nor in half of the {free:,} free in {there}"
 
 
+class Table(NamedTuple):
+    """What passed a cut, by the path in a batch: rows of every part, one part after another.
+
+    held: on the host, the same in every process, in the order of `rows_of`.  spread: on the
+    devices, [batch of the pass, place in it, ..], each row where it was computed.
+    """
+
+    held: Columns
+    spread: Columns
+
+
 def compute(
-    values: Callable[[Batch], Columns], pipeline: Pipeline, put: Put, made_of: Callable[[], Any]
-) -> Columns:
+    values: Callable[[Batch], Columns],
+    pipeline: Pipeline,
+    put: Put,
+    made_of: Callable[[], Any],
+    mesh: sharding.Mesh,
+) -> Table:
     """Send every part through `values` (a batch -> columns of its rows) once, in order.
 
-    The table is in memory if it fits there, else in files named by the hash of `made_of()`, which a
-    later run with the same hash only opens.  Training reads rows in any order, so every process
-    holds all of them.
+    What passed the cut stays on the devices if it fits there, else it is in memory, else in files
+    named by the hash of `made_of()`, which a later run with the same hash only opens.  Training
+    reads rows in any order: on the host every process holds all of them.
     Raises: BadInput for files that are not what their folder states.
     """
     total = sum(len(source) for source, _ in rows_of(pipeline))
     shapes = jax.eval_shape(values, put(next(pipeline.eval_batches("validation"))))
-    wanted = {k: jax.ShapeDtypeStruct((total, *v.shape[1:]), v.dtype) for k, v in shapes.items()}
-    if size_of(shapes, total) <= MEMORY:
-        table = {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in wanted.items()}
-        fill(table, values, pipeline, put)
-        return table
-    key = hashlib.sha256(json.dumps(made_of(), sort_keys=True).encode()).hexdigest()
+    passed = {name: leaf for name, leaf in shapes.items() if "cut" in name.split("/")}
+    on_devices = size_of(passed, padded(pipeline)) <= room(mesh)
+    spread = born_on(mesh, passed, padded(pipeline)) if on_devices else {}
+    wanted = {
+        name: jax.ShapeDtypeStruct((total, *leaf.shape[1:]), leaf.dtype)
+        for name, leaf in shapes.items()
+        if name not in spread
+    }
+    if on_devices or size_of(shapes, total) <= MEMORY:
+        held = {name: np.empty(leaf.shape, leaf.dtype) for name, leaf in wanted.items()}
+        return Table(held, fill(held, spread, values, pipeline, put))
+    stated = made_of()
+    key = hashlib.sha256(json.dumps(stated, sort_keys=True).encode()).hexdigest()
     folder = cache_folder() / "features" / key[:32]
-    there = folder.exists() and open_table(folder, key, wanted) is not None
-    if not np.all(multihost_utils.process_allgather(np.array(there))):
-        part = folder.with_name(f"{folder.name}.{os.getpid()}.{jax.process_index()}.tmp")
-        part.mkdir(parents=True)
-        files: dict[str, np.memmap] = {
-            name: np.lib.format.open_memmap(place(part, name), "w+", leaf.dtype, leaf.shape)
-            for name, leaf in wanted.items()
-        }
+    if not all_have(folder, key, wanted):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        # Nobody else's name, whatever process numbers and hosts share the folder.
+        part = Path(tempfile.mkdtemp(prefix=f"{folder.name}.", dir=folder.parent))
         try:
-            fill(files, values, pipeline, put)
+            files: Columns = {
+                name: np.lib.format.open_memmap(place(part, name), "w+", leaf.dtype, leaf.shape)
+                for name, leaf in wanted.items()
+            }
+            fill(files, {}, values, pipeline, put)
             for column in files.values():
                 column.flush()
-            (part / STATED).write_text(json.dumps({"key": key, "made_of": made_of()}, indent=2))
-            with suppress(OSError):  # another process was first, with the same rows
-                part.rename(folder)
+            contents = {name: content(place(part, name)) for name in wanted}
+            document = {"key": key, "contents": contents, "made_of": stated}
+            (part / STATED).write_text(json.dumps(document, indent=2))
+            publish(part, folder)
         finally:
             shutil.rmtree(part, ignore_errors=True)
-    return open_table(folder, key, wanted)
+    return Table(open_table(folder, key, wanted), {})
+
+
+def padded(pipeline: Pipeline) -> int:
+    """Count the rows of all batches that a pass over every part takes."""
+    size = pipeline.loader.size
+    return size * sum(-(-len(source) // size) for source, _ in rows_of(pipeline))
+
+
+def all_have(folder: Path, key: str, wanted: Columns) -> bool:
+    """Tell whether every process finds the table; raises BadInput in all if one's is damaged."""
+    found, refusal = False, ""
+    try:
+        found = folder.exists() and open_table(folder, key, wanted) is not None
+    except BadInput as error:
+        refusal = str(error)
+    states = np.atleast_2d(multihost_utils.process_allgather(np.array([found, bool(refusal)])))
+    if states[:, 1].any():
+        raise BadInput(refusal or f"{folder} of another process is not what it states")
+    return bool(states[:, 0].all())
+
+
+def publish(part: Path, folder: Path) -> None:
+    """Give a whole table its name, unless another process was first, with the same rows."""
+    try:
+        part.rename(folder)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
 
 
 def place(folder: Path, name: str) -> Path:
@@ -216,33 +269,34 @@ def place(folder: Path, name: str) -> Path:
     return folder / f"{name.replace('/', '.')}.npy"
 
 
-def open_table(folder: Path, key: str, wanted: Columns) -> Columns:
-    """Open the columns of a folder without reading them.
+def content(file: Path) -> str:
+    """Return the hash of a file's bytes."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
-    Raises: BadInput if it states another key, or a file has not the size that its rows take.
+
+def open_table(folder: Path, key: str, wanted: Columns) -> Columns:
+    """Open the columns of a folder; each is read once, to see that it is what was written.
+
+    Raises: BadInput if the folder states another key, or a file has another content.
     """
     path = folder / STATED
-    stated = read_json(path).get("key") if path.is_file() else None
-    if stated != key:
+    document = read_json(path) if path.is_file() else {}
+    if (stated := document.get("key")) != key:
         raise BadInput(f"{folder} states key {stated}, this run's features have {key}: remove it")
     table = {}
     for name, leaf in wanted.items():
         file = place(folder, name)
-        with suppress(OSError, ValueError):  # shorter than its own header says, or not there
-            column = np.load(file, mmap_mode="r").view(leaf.dtype)
-            if column.shape == leaf.shape and file.stat().st_size == column.offset + column.nbytes:
-                table[name] = column
-        if name not in table:
-            size = file.stat().st_size if file.exists() else 0
-            raise BadInput(
-                f"{file} has {size:,} bytes, {list(leaf.shape)} of {leaf.dtype} take more or fewer:"
-                f" remove {folder}"
-            )
+        if not file.is_file() or content(file) != document.get("contents", {}).get(name):
+            raise BadInput(f"{file} is not the file that was written: remove {folder}")
+        table[name] = np.load(file, mmap_mode="r").view(leaf.dtype)
     return table
 
 
-def fill(table: Columns, values: Callable[[Batch], Columns], pipeline: Pipeline, put: Put) -> None:
-    """Write every row of every part into a table."""
+def fill(
+    held: Columns, spread: Columns, values: Callable[[Batch], Columns], pipeline: Pipeline, put: Put
+) -> Columns:
+    """Write every row of every part into a table; returns the columns on the devices."""
 
     def computed() -> Iterator[Columns]:
         for source, transform in rows_of(pipeline):
@@ -250,17 +304,24 @@ def fill(table: Columns, values: Callable[[Batch], Columns], pipeline: Pipeline,
                 placed = put(batch)
                 yield values(placed) | {"valid": placed["valid"]}
 
-    first, total = 0, len(next(iter(table.values())))
+    write = jax.jit(
+        lambda table, new, at: {name: x.at[at].set(new[name]) for name, x in table.items()},
+        donate_argnums=0,
+    )
+    first, total = 0, sum(len(source) for source, _ in rows_of(pipeline))
     quiet = not sys.stdout.isatty() or jax.process_index() > 0
     with tqdm(total=total, desc="features", file=sys.stdout, disable=quiet) as bar:
         # A batch is fetched after the next one is dispatched: the device never waits.
-        for columns in prefetch_to_device(computed(), lambda columns: columns):
+        for number, columns in enumerate(prefetch_to_device(computed(), lambda columns: columns)):
+            new = {name: columns.pop(name) for name in spread}
+            spread = write(spread, new, np.int32(number)) if spread else {}
             host = multihost_utils.process_allgather(columns, tiled=True)
             valid = host.pop("valid")
             for name, column in host.items():
-                table[name][first : first + valid.sum()] = column[valid]
+                held[name][first : first + valid.sum()] = column[valid]
             first += int(valid.sum())
             bar.update(int(valid.sum()))
+    return spread
 
 
 @dataclass(frozen=True)
@@ -280,35 +341,69 @@ class Part(Source):
         return unflatten({name: column[rows] for name, column in self.columns.items()})
 
 
-def room() -> int:
-    """Count the bytes a table may take on every device; a CPU's memory is the host's own."""
+def room(mesh: sharding.Mesh) -> int:
+    """Count the bytes that a table may take on all devices; a CPU's memory is the host's own."""
     stats = jax.local_devices()[0].memory_stats() or {}
-    return (stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0)) // 2
+    free = (stats.get("bytes_limit", 0) - stats.get("bytes_in_use", 0)) // 2
+    return max(free, 0) * sharding.ways(mesh)
 
 
-def serve(columns: Columns, pipeline: Pipeline, mesh: sharding.Mesh) -> tuple[Pipeline, Put]:
+def born_on(mesh: sharding.Mesh, shapes: Columns, rows: int) -> Columns:
+    """Create the columns of a table on the devices, [batches, batch, ..]."""
+    make = lambda: {  # noqa: E731
+        name: jnp.zeros((rows // leaf.shape[0], *leaf.shape), leaf.dtype)
+        for name, leaf in shapes.items()
+    }
+    return jax.jit(make, out_shardings=sharding.stacked(sharding.on(mesh, sharding.BATCH)))()
+
+
+def serve(table: Table, pipeline: Pipeline, mesh: sharding.Mesh) -> tuple[Pipeline, Put]:
     """Return the pipeline that reads a table in place of the data, and what puts its batches.
 
-    A table that fits lies on every device, which picks the rows: the host sends their numbers.
+    Of columns on the devices the host sends the numbers of rows alone.
     """
-    rows = len(next(iter(columns.values())))
     put: Put = partial(sharding.put_batch, mesh=mesh)
-    if sum(column.nbytes for column in columns.values()) <= room():
-        there = sharding.on(mesh, sharding.REPLICATED)
-        table = {name: sharding.put(np.asarray(x), there) for name, x in columns.items()}
-        columns = {"row": np.arange(rows, dtype=np.int32)}
-        put = partial(pick, make_gather(mesh), table, put)
-    ends = np.cumsum([0, *(len(source) for source, _ in rows_of(pipeline))])
+    columns, counts = dict(table.held), [len(source) for source, _ in rows_of(pipeline)]
+    if table.spread:
+        size = pipeline.loader.size
+        first = np.cumsum([0, *(-(-count // size) * size for count in counts)])
+        rows = [at + np.arange(count) for at, count in zip(first, counts, strict=False)]
+        columns["row"] = np.concatenate(rows).astype(np.int32)
+        put = partial(pick, make_gather(mesh), table.spread, put)
+    ends = np.cumsum([0, *counts])
     parts = [Part(columns, int(a), int(b - a)) for a, b in pairwise(ends)]
     splits = pipeline.splits._replace(validation=parts[1], test=parts[2])
     return replace(pipeline, splits=splits, versions=parts[0], eval_transform=None), put
 
 
 def make_gather(mesh: sharding.Mesh) -> Callable[[Columns, jax.Array], Columns]:
-    """Return the jitted function that reads rows of a table on every device."""
-    read = lambda x, rows: x.at[rows].get(mode="promise_in_bounds")  # noqa: E731
-    gather = lambda table, rows: {name: read(x, rows) for name, x in table.items()}  # noqa: E731
-    return jax.jit(gather, out_shardings=sharding.on(mesh, sharding.BATCH))
+    """Return the jitted function that brings rows of a spread table to the devices of a batch.
+
+    Every device offers those of the batch's rows that it holds, zeros for others, and gets the sum
+    of its share: the bytes of a batch travel, never the table.
+    """
+    batch = sharding.BATCH
+    [axes] = batch
+
+    def read(table: Columns, rows: jax.Array) -> Columns:
+        wanted = jax.lax.all_gather(rows, axes, tiled=True)
+
+        def one(column: jax.Array) -> jax.Array:
+            share = column.shape[1]
+            number, at = jnp.divmod(wanted, share * sharding.ways(mesh))
+            mine = at // share == jax.lax.axis_index(axes)
+            found = column.at[number, at % share].get(mode="promise_in_bounds")
+            found = jnp.where(mine.reshape((-1,) + (1,) * (found.ndim - 1)), found, 0)
+            return jax.lax.psum_scatter(found, axes, tiled=True)
+
+        return {name: one(column) for name, column in table.items()}
+
+    return jax.jit(
+        jax.shard_map(
+            read, mesh=mesh, in_specs=(jax.sharding.PartitionSpec(None, *batch), batch),
+            out_specs=batch,
+        )
+    )  # fmt: skip
 
 
 def pick(gather: Callable[..., Columns], table: Columns, put: Put, batch: Batch) -> Batch:

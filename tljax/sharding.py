@@ -135,13 +135,18 @@ def _turn(order: tuple[int, ...], where: jax.sharding.Sharding) -> Callable[[jax
     return jax.jit(lambda x: x.transpose(back), out_shardings=place, donate_argnums=0)
 
 
+def ways(mesh: Mesh) -> int:
+    """Return in how many parts a batch is cut."""
+    return int(mesh.shape["data"] * mesh.shape["fsdp"])
+
+
 def check_batch(batch_size: int, mesh: Mesh, microbatches: int = 1) -> None:
     """Raise BadInput unless every device gets the same whole number of examples."""
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
-    if batch_size % (ways * microbatches):
+    least = ways(mesh) * microbatches
+    if batch_size % least:
         raise BadInput(
             f"batch size {batch_size} does not divide into {microbatches} microbatches over "
-            f"{ways} devices (data x fsdp); use a multiple of {ways * microbatches}"
+            f"{ways(mesh)} devices (data x fsdp); use a multiple of {least}"
         )
 
 

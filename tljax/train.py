@@ -71,20 +71,20 @@ def activations(
 ) -> Callable[[Sequence[Tree], Batch], features.Columns]:
     """Return what computes the columns of a table that serves experiments, from their trees.
 
-    They differ at most in the block they read: the deepest model runs, and the others begin at
-    their own last block with what it passes on.  Number i's column is `i/cut/..`.
+    They differ at most in the block they read: the deepest model runs, and of the others what
+    lies above the blocks alone, on what it passed.  Number i's column is `i/cut/..`.
     """
     lasts = [last_block(e.model.read, len(e.tree["params"]["blocks"])) for e in experiments]
     deepest = int(np.argmax(lasts))
-    kept = {name for each in experiments for name in each.cut.batch if name != "cut"}
+    kept = dict.fromkeys(name for each in experiments for name in each.cut.batch if name != "cut")
     names = [[f"cut/{name}" for name in each.cut.names] for each in experiments]
 
     def values(trees: Sequence[Tree], batch: Batch) -> features.Columns:
         passed = passing(experiments[deepest].model, trees[deepest], batch)
         columns = {name: batch[name] for name in kept}
         for number, (each, last) in enumerate(zip(experiments, lasts, strict=True)):
-            at = "blocks/end" if last == lasts[deepest] else f"blocks/before_{last + 1}"
-            above = dict(batch) | ({"cut": {"blocks": {"end": passed[at]}}} if at in passed else {})
+            shared = unflatten(in_common(passed, last, lasts[deepest]))
+            above = dict(batch) | ({"cut": shared} if shared else {})
             found = flatten({"cut": unflatten(passing(each.model, trees[number], above))})
             columns |= {f"{number}/{name}": found[name] for name in names[number]}
         return columns
@@ -92,17 +92,36 @@ def activations(
     return under(experiments[0].mesh, values)
 
 
+def in_common(passed: Mapping[str, jax.Array], last: int, deepest: int) -> dict[str, jax.Array]:
+    """Choose, of what a model passed, what one that ends with block `last` passes as well."""
+    end = "end" if last == deepest else f"before_{last + 1}"
+    theirs = {f"before_{i}": f"before_{i}" for i in range(1, last + 1)} | {"end": end}
+    places = {f"blocks/{own}": f"blocks/{other}" for own, other in theirs.items()}
+    return {own: passed[other] for own, other in places.items() if other in passed}
+
+
 def from_features(experiments: Sequence[Experiment], trees: Sequence[Tree]) -> list[Experiment]:
-    """Compute what passes the cuts of experiments, in one pass, and let each read its own."""
+    """Compute what passes the cuts of experiments, in one pass, and let each read its own.
+
+    Raises: BadInput if they are too large together.
+    """
     first = experiments[0]
+    rows, mesh = features.padded(first.data), first.mesh
+    sizes = [features.size_of(each.cut.batch, rows) for each in experiments]
+    if why := features.too_large(sum(sizes), mesh):
+        raise BadInput(f"the features of {len(sizes)} depths are too large, as {why}")
     jitted = jax.jit(activations(experiments), out_shardings=first.shardings.batch)
     described = lambda: [made_of(*one) for one in zip(experiments, trees, strict=True)]  # noqa: E731
-    table = features.compute(partial(jitted, trees), first.data, first.put, described)
+    table = features.compute(partial(jitted, trees), first.data, first.put, described, mesh)
     ready = []
     for number, each in enumerate(experiments):
-        own = {name.removeprefix(f"{number}/"): column for name, column in table.items()}
-        own = {name: column for name, column in own.items() if name in flatten(each.cut.batch)}
-        data, put = features.serve(own, each.data, each.mesh)
+        mine = flatten(each.cut.batch)
+        renamed = [
+            {name.removeprefix(f"{number}/"): column for name, column in columns.items()}
+            for columns in table
+        ]
+        own = [{name: x for name, x in columns.items() if name in mine} for columns in renamed]
+        data, put = features.serve(features.Table(*own), each.data, mesh)
         ready.append(replace(each, data=data, put=put))
     return ready
 
