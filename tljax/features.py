@@ -369,41 +369,11 @@ def serve(table: Table, pipeline: Pipeline, mesh: sharding.Mesh) -> tuple[Pipeli
         first = np.cumsum([0, *(-(-count // size) * size for count in counts)])
         rows = [at + np.arange(count) for at, count in zip(first, counts, strict=False)]
         columns["row"] = np.concatenate(rows).astype(np.int32)
-        put = partial(pick, make_gather(mesh), table.spread, put)
+        put = partial(pick, sharding.make_gather(mesh), table.spread, put)
     ends = np.cumsum([0, *counts])
     parts = [Part(columns, int(a), int(b - a)) for a, b in pairwise(ends)]
     splits = pipeline.splits._replace(validation=parts[1], test=parts[2])
     return replace(pipeline, splits=splits, versions=parts[0], eval_transform=None), put
-
-
-def make_gather(mesh: sharding.Mesh) -> Callable[[Columns, jax.Array], Columns]:
-    """Return the jitted function that brings rows of a spread table to the devices of a batch.
-
-    Every device offers those of the batch's rows that it holds, zeros for others, and gets the sum
-    of its share: the bytes of a batch travel, never the table.
-    """
-    batch = sharding.BATCH
-    [axes] = batch
-
-    def read(table: Columns, rows: jax.Array) -> Columns:
-        wanted = jax.lax.all_gather(rows, axes, tiled=True)
-
-        def one(column: jax.Array) -> jax.Array:
-            share = column.shape[1]
-            number, at = jnp.divmod(wanted, share * sharding.ways(mesh))
-            mine = at // share == jax.lax.axis_index(axes)
-            found = column.at[number, at % share].get(mode="promise_in_bounds")
-            found = jnp.where(mine.reshape((-1,) + (1,) * (found.ndim - 1)), found, 0)
-            return jax.lax.psum_scatter(found, axes, tiled=True)
-
-        return {name: one(column) for name, column in table.items()}
-
-    return jax.jit(
-        jax.shard_map(
-            read, mesh=mesh, in_specs=(jax.sharding.PartitionSpec(None, *batch), batch),
-            out_specs=batch,
-        )
-    )  # fmt: skip
 
 
 def pick(gather: Callable[..., Columns], table: Columns, put: Put, batch: Batch) -> Batch:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental.layout import Format, Layout
 from jax.sharding import AxisType, Mesh, NamedSharding
@@ -19,6 +20,7 @@ from tljax.types import BadInput, Rules, Tree
 AXES = ("data", "fsdp", "tensor")
 REPLICATED = P()
 BATCH = P(("data", "fsdp"))
+Arrays = dict[str, jax.Array]
 
 
 def make_mesh(
@@ -148,6 +150,32 @@ def check_batch(batch_size: int, mesh: Mesh, microbatches: int = 1) -> None:
             f"batch size {batch_size} does not divide into {microbatches} microbatches over "
             f"{ways(mesh)} devices (data x fsdp); use a multiple of {least}"
         )
+
+
+def make_gather(mesh: Mesh) -> Callable[[Arrays, jax.Array], Arrays]:
+    """Return the jitted `(columns, numbers) -> rows` on the devices of a batch.
+
+    Columns are [batches, batch, ..], each device with its places of every batch.  It offers those
+    of the rows that it holds, zeros for others, and gets the sum of its share: the bytes of one
+    batch travel, never the table.
+    """
+    [axes] = BATCH
+
+    def read(columns: Arrays, rows: jax.Array) -> Arrays:
+        wanted = jax.lax.all_gather(rows, axes, tiled=True)
+
+        def one(column: jax.Array) -> jax.Array:
+            share = column.shape[1]
+            number, at = jnp.divmod(wanted, share * ways(mesh))
+            mine = at // share == jax.lax.axis_index(axes)
+            found = column.at[number, at % share].get(mode="promise_in_bounds")
+            found = jnp.where(mine.reshape((-1,) + (1,) * (found.ndim - 1)), found, 0)
+            return jax.lax.psum_scatter(found, axes, tiled=True)
+
+        return {name: one(column) for name, column in columns.items()}
+
+    specs = (P(None, *BATCH), BATCH)
+    return jax.jit(jax.shard_map(read, mesh=mesh, in_specs=specs, out_specs=BATCH))
 
 
 def put_batch(batch: Mapping[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
