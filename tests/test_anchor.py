@@ -1,6 +1,7 @@
 """Against forgetting: what is anchored, what it costs, and the values of the terms."""
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,7 @@ from tiny import (
 from tljax import objectives
 from tljax.edits.load import Load
 from tljax.sharding import put_batch
+from tljax.source import require_same_body
 from tljax.strategies import Start, make
 from tljax.tree import flatten, join, unflatten
 from tljax.types import BadInput
@@ -40,7 +42,7 @@ def start(model, batch, *, without=HEAD, head=None, fisher=None):
     rng = np.random.default_rng(2)
     found = {path: rng.gamma(1.0, 1.0, leaf.shape) for path, leaf in loaded.items()}
     read = fisher or (lambda _: found)
-    return Load(loaded), Start("somewhere", frozenset(loaded), head, read), found
+    return Load(loaded), Start("somewhere", frozenset(loaded), lambda: head, read), found
 
 
 def begin(model, batch, chosen, **options):
@@ -183,6 +185,26 @@ def test_lwf_on_the_same_labels_distils_the_models_own_head():
     )
     odds = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     np.testing.assert_allclose(found.sum, -(odds * np.log(odds)).sum(), rtol=1e-5)  # its entropy
+
+
+@pytest.mark.parametrize("grafted", [("vpt", {}), ("lora", {"init": "pissa", "rank": 2})])
+def test_the_teacher_is_the_start_whatever_is_grafted_before_it(grafted):
+    """Prompts change outputs as soon as they are there, PiSSA the kernels."""
+    _, _, frozen, _ = begin(SMALL, IMAGES, [grafted, ("lwf", {})], told={"without": set()})
+    image, started = jnp.asarray(IMAGES["image"]), random_tree(SMALL, IMAGES)
+    teacher = SMALL.apply(frozen["teacher"], image).logits
+    np.testing.assert_array_equal(teacher, SMALL.apply(started, image).logits)
+
+
+def test_a_head_is_given_features_of_its_own_kind_alone():
+    fields = {"width": 32, "depth": 2, "num_classes": 3}
+    same = fields | {"num_classes": 5, "drop_path": 0.1, "read": None}
+    require_same_body("vit", same, fields, "old")
+    for change in ({"read": "blocks/0"}, {"pool": "cls+mean"}, {"depth": 3}):
+        [(name, value)] = change.items()
+        message = rf"head of old reads a model with {name}=.*{re.escape(repr(value))}"
+        with pytest.raises(BadInput, match=message):
+            require_same_body("vit", fields | change, fields, "old")
 
 
 def test_lwf_runs_the_student_once():

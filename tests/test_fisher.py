@@ -194,6 +194,7 @@ def test_the_command_refuses_what_it_cannot_estimate(run, capsys):
     for words, message in (
         (["--labels=guessed"], "expected one of sampled, true, expected"),
         (["--examples=100000"], "a budget of 100000 examples"),
+        (["--examples=0"], "a budget of 0 examples"),
     ):
         assert main(["fisher", str(run), *words]) == 2
         assert message in capsys.readouterr().err

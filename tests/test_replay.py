@@ -129,3 +129,11 @@ def test_a_run_is_read_by_the_head_of_the_one_that_it_started_from(tmp_path, cap
     assert evaluate_run(kept, "test", str(first)) != result_of(first)["test"]  # its old head moved
     assert main(["eval", str(first), f"--data={second}"]) == 2
     assert "a run can only be read by the head of the one" in capsys.readouterr().err
+    lower = tmp_path / "lower"
+    below = {"weights": str(first), "model": {"read": "blocks/0"}}
+    train(lower, data=data, **below, strategy=chosen[:1], run=run)
+    with pytest.raises(BadInput, match=r"set model\.read as there"):
+        evaluate_run(lower, "test", str(first))
+    with pytest.raises(AssertionError, match="2 == 0"):
+        train(tmp_path / "taught", data=data, **below, strategy=chosen, run=run)
+    assert "set model.read as there" in capsys.readouterr().err

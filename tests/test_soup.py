@@ -1,6 +1,8 @@
 """Averages of weights: exact as tree operations, and a run's folder like any other."""
 
 import json
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -8,10 +10,12 @@ from test_resume import DIGITS, VIT, result_of, train
 
 from tljax.__main__ import main
 from tljax.inference import evaluate_run
-from tljax.soup import greedy_soup, uniform, weighted
+from tljax.metrics import worth
+from tljax.soup import first_run, greedy_soup, uniform, weighted
 from tljax.source import open_source
 from tljax.tree import flatten
 from tljax.types import BadInput
+from tljax.weights import Source
 
 pytestmark = pytest.mark.once
 
@@ -112,12 +116,41 @@ def test_wise_ft_takes_the_best_point_of_the_line_on_validation(runs, tmp_path):
     assert (out / "soup.png").stat().st_size > 1000
 
 
+def test_a_greedy_soup_of_runs_is_no_worse_than_its_best_one(runs, tmp_path):
+    out = tmp_path / "greedy"
+    pair = [str(runs / name) for name in ("probe", "full")]
+    assert main(["soup", str(out), *pair, "--greedy"]) == 0
+    alone = [result_of(Path(run))["validation"]["accuracy"] for run in pair]
+    assert result_of(out)["validation"]["accuracy"] >= max(alone)
+    weights = json.loads((out / "soup.json").read_text())["weights"]
+    assert weights[int(np.argmax(alone))] > 0 and sum(weights) == 1
+
+
+def test_less_of_a_loss_is_worth_more():
+    assert worth("nll", 1.0) > worth("nll", 2.0) and worth("accuracy", 0.2) > worth("accuracy", 0.1)
+    assert worth("spearman", float("nan")) < worth("spearman", -1.0)
+
+
+def test_runs_of_other_labels_are_no_soup():
+    one = Source(
+        arch="vit", fields={}, tree={}, preprocess=None, tokenizer=None, labels=("a", "b"),
+        digest=lambda: "", ignored={}, format="run", kind="", config={}, origin="one",
+    )  # fmt: skip
+    other = replace(one, labels=("a", "c"), origin="other")
+    with pytest.raises(BadInput, match=r"other is a vit with the labels \('a', 'c'\), one a vit"):
+        first_run([one, other])
+    assert first_run([one, replace(one, origin="two")]) == Path("one")
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
         (["probe"], "1 runs: expected two or more"),
         (["probe", "full", "--weights=.5,.6"], "expected 2 that add up to 1"),
         (["probe", "full", "--weights=.5,.5", "--greedy"], "choose one of"),
+        (["probe", "full", "--weights=nan,.5"], "expected 2 that add up to 1"),
+        (["probe", "full", "--weights=inf,-inf"], "expected 2 that add up to 1"),
+        (["probe", "full", "--alphas=0,nan"], "expected numbers"),
         (["probe", "full", "probe", "--alphas=0,1"], "3 runs: expected two"),
         (["probe", "nowhere"], "nowhere"),
     ],

@@ -26,7 +26,7 @@ from tljax.edits.load import Report, load
 from tljax.fisher import read_fisher
 from tljax.layers import choose, pair
 from tljax.models import MODELS, ViT
-from tljax.source import merged, open_source
+from tljax.source import merged, open_source, require_same_body
 from tljax.state import (
     Roles,
     State,
@@ -287,7 +287,7 @@ def build(
         adapted = adaptations(model, config.data.image_size)
         source_edits, report = load_edit(source, tree, pipeline.labels, adapted)
     chosen = [(part.name, part.options()) for part in config.strategy]
-    start = start_of(source, report) if source else None
+    start = start_of(source, report, facts["fields"]) if source else None
     strategy = make(tree, getattr(model, "read", None), chosen, start)
     loads = bool(source) and strategy.loads
     edits = (*source_edits, *strategy.edits) if loads else strategy.edits
@@ -350,13 +350,20 @@ def examples_seen(config: Config, validation: int) -> int:
     return run.steps * run.batch + evaluations * validation
 
 
-def start_of(source: Source, report: Report) -> Start:
-    """Say what of a source the model starts from, for strategies that keep some of it."""
+def start_of(source: Source, report: Report, fields: Mapping[str, Any]) -> Start:
+    """Say what of a source a model of these fields starts from, for strategies that keep of it."""
     loaded = frozenset(row.path for row in report.rows if row.status in ("loaded", "adapted"))
     heads = {name: source.tree["params"].get(name) for name in CLASSES}
     reads_all = heads["head_dist"] is None and not source.fields.get("tokens")
     other = reads_all and heads["head"] and "params/head/kernel" not in loaded
-    head = heads["head"] if other and heads["head"]["kernel"].shape[-1] > 1 else None
+
+    def head() -> Mapping[str, Any] | None:
+        if not other or heads["head"]["kernel"].shape[-1] == 1:
+            return None
+        pooled = {k: value for k, value in fields.items() if k != "tokens"}  # as old/head reads
+        require_same_body(source.arch, pooled, source.fields, source.origin)
+        return dict(heads["head"])
+
     return Start(source.origin, loaded, head, partial(read_fisher, source))
 
 

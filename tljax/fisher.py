@@ -53,7 +53,7 @@ def fisher_run(workdir: Path, examples: int | None = None, labels: str = "sample
         seed=config.seed,
     )
     train = pipeline.splits.train
-    chosen = subset(train, examples, config.seed) if examples else train
+    chosen = train if examples is None else subset(train, examples, config.seed)
     model = MODELS[source.arch](**source.fields)  # float32, whatever the run computed in
     batches = pipeline.loader.evaluate(chosen, pipeline.eval_transform)
     with jax.default_matmul_precision(config.precision.matmul):
@@ -156,7 +156,7 @@ def read_fisher(source: Source, given: str | None = None) -> dict[str, np.ndarra
         raise BadInput(f"{path} is damaged: {error}; {again}") from None
     if facts.get("content") != digest_of(found):
         raise BadInput(f"{path} is damaged: its content is not what was written; {again}")
-    if facts["weights"] != source.digest():
+    if facts.get("weights") != source.digest():
         raise BadInput(f"{path} is of other weights than {source.origin}; {again}")
     if lacking := sorted(flatten({"params": source.tree["params"]}).keys() - found.keys()):
         raise BadInput(f"{path} lacks {lacking[0]}; it has {nearest(lacking[0], found)}; {again}")

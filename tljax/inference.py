@@ -19,7 +19,7 @@ from tljax.data.pipeline import Pipeline, open_inputs, open_pipeline, unlabelled
 from tljax.data.sources import PICTURES, TABLES, read_table
 from tljax.evaluate import evaluate
 from tljax.models import MODELS
-from tljax.source import RECORD, plain, read_record
+from tljax.source import RECORD, plain, read_record, require_same_body
 from tljax.tree import join
 from tljax.types import BadInput, Batch, Tree
 
@@ -79,6 +79,7 @@ def with_head_of(run: Finished, older: Path) -> Finished:
             f"{older} has other labels, and the run started from {weights}: a run can only be read "
             "by the head of the one that it started from"
         )
+    require_same_body(facts["name"], run.facts["fields"], facts["fields"], str(older))
     tree = {k: v for k, v in join(run.tree.get("ema"), run.tree).items() if k != "ema"}
     head = tree["old"]["head"] if "old" in tree else plain(read_tree(older))["params"]["head"]
     tree["params"] = dict(tree["params"]) | {"head": head}

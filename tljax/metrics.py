@@ -39,6 +39,16 @@ def averages(running: dict[str, Average]) -> dict[str, float]:
     return {name: float(one.compute()) for name, one in jax.device_get(running).items()}
 
 
+LESS = ("nll", "mse", "perplexity")
+"""Metrics of which less is better."""
+
+
+def worth(name: str, value: float) -> float:
+    """Return a metric so that more of it is better; an undefined one is worth the least."""
+    signed = -value if name in LESS else value
+    return signed if math.isfinite(signed) else -math.inf
+
+
 def score(task: str, rows: Rows, names: Sequence[str] = ()) -> dict[str, float]:
     """Compute the metrics of a task, in float64; undefined ones (a constant's rank) are nan.
 

@@ -17,18 +17,18 @@ from tljax.data.pipeline import open_pipeline
 from tljax.evaluate import evaluate
 from tljax.exporter import require_new, whole
 from tljax.inference import Finished, open_finished
+from tljax.metrics import worth
 from tljax.source import RECORD, RESULT, merged, open_source
 from tljax.tree import flatten, nearest, unflatten
 from tljax.types import BadInput, Tree
 from tljax.weights import Source
 
 SOUP, PICTURE = "soup.json", "soup.png"
-LOSSES = ("nll",)  # primary metrics of which less is better
 Score = Callable[[Tree, str], dict[str, float]]
 
 
 class Mixture(NamedTuple):
-    """A weighted average of trees, and the primary metric that it has on validation."""
+    """A weighted average of trees, and what its primary metric on validation is worth."""
 
     weights: list[float]
     tree: Tree
@@ -106,23 +106,23 @@ def soup(
     run, curve = open_finished(first), []
     score = make_score(run)
     name = next(iter(json.loads((first / RESULT).read_text())["validation"]))
-    sign = -1 if name in LOSSES else 1
-
-    def better(tree: Tree) -> float:
-        return sign * score(tree, "validation")[name]
-
+    both = lambda tree: {split: score(tree, split) for split in ("validation", "test")}  # noqa: E731
+    result: dict[str, dict[str, float]] | None = None
     if alphas:
-        tried = [Mixture(list(w), tree, better(tree)) for w, tree in line(trees, alphas)]
-        for alpha, (_, tree, value) in zip(alphas, tried, strict=True):
-            test = score(tree, "test")
-            curve.append({"alpha": alpha, "validation": sign * value, "test": test[name]})
-        chosen = max(tried, key=lambda mixture: mixture.validation)
+        tried = []
+        for alpha, (shares, tree) in zip(alphas, line(trees, alphas), strict=True):
+            scores = both(tree)
+            curve.append({"alpha": alpha} | {split: x[name] for split, x in scores.items()})
+            mixture = Mixture(shares, tree, worth(name, scores["validation"][name]))
+            tried.append((mixture, scores))
+        chosen, result = max(tried, key=lambda one: one[0].validation)
     elif greedy:
+        better = lambda tree: worth(name, score(tree, "validation")[name])  # noqa: E731
         chosen = greedy_soup(trees, better)
     else:
         shares = list(weights or [1 / len(trees)] * len(trees))
         chosen = Mixture(shares, weighted(trees, shares), np.nan)
-    result = {split: score(chosen.tree, split) for split in ("validation", "test")}
+    result = result or both(chosen.tree)
     facts = {"runs": [str(run) for run in runs], "weights": chosen.weights}
     facts |= {"metric": name, "curve": curve}
     with whole(out) as place:
@@ -140,8 +140,10 @@ def check_choice(
         raise BadInput("choose one of --weights, --greedy and --alphas")
     if len(runs) < 2 or (alphas and len(runs) > 2):
         raise BadInput(f"{len(runs)} runs: expected two" + " or more" * (not alphas))
-    if weights and (len(weights) != len(runs) or abs(sum(weights) - 1) > 1e-6):
+    if weights and (len(weights) != len(runs) or not np.isclose(sum(weights), 1, atol=1e-6)):
         raise BadInput(f"weights {list(weights)}: expected {len(runs)} that add up to 1")
+    if alphas and not np.isfinite(alphas).all():
+        raise BadInput(f"alphas {list(alphas)}: expected numbers, usually from 0 to 1")
 
 
 def first_run(sources: Sequence[Source]) -> Path:
@@ -161,7 +163,7 @@ def first_run(sources: Sequence[Source]) -> Path:
 def line(trees: Sequence[Tree], alphas: Sequence[float]) -> Any:
     """Yield the weights and the tree of every point between two trees."""
     for alpha in alphas:
-        yield (1 - alpha, alpha), weighted(trees, (1 - alpha, alpha))
+        yield [1 - alpha, alpha], weighted(trees, (1 - alpha, alpha))
 
 
 def make_score(run: Finished) -> Score:

@@ -24,6 +24,8 @@ from tljax.weights.hf import complete
 from tljax.weights.peft import base_of, class_of, graft_adapter, read_adapter
 
 RECORD, RESULT, ADAPTER = "run.json", "result.json", "adapter_model.safetensors"
+ABOVE = {"num_classes", "mlm", "dropout", "drop_path", "dtype", "remat"}
+"""Fields that change nothing of what a head reads."""
 
 
 def read_record(workdir: str | Path) -> dict[str, Any]:
@@ -54,6 +56,20 @@ def read_record(workdir: str | Path) -> dict[str, Any]:
         section.update({k: tuple(v) for k, v in section.items() if isinstance(v, list)})
     facts["tokenizer"] = path.with_name(found["tokenizer"]) if found["tokenizer"] else None
     return dict(record)
+
+
+def require_same_body(
+    arch: str, ours: Mapping[str, Any], theirs: Mapping[str, Any], origin: str
+) -> None:
+    """Raise BadInput unless two models of an architecture differ in head and dropout alone."""
+    model = MODELS[arch]
+    for field in sorted((ours.keys() | theirs.keys()) - ABOVE):
+        own, other = (each.get(field, getattr(model, field, None)) for each in (ours, theirs))
+        if own != other:
+            raise BadInput(
+                f"the head of {origin} reads a model with {field}={other!r}, this one has "
+                f"{field}={own!r}: its head does not fit such features; set model.{field} as there"
+            )
 
 
 def plain(tree: Tree) -> Tree:

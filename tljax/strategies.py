@@ -33,13 +33,14 @@ Statistics = Literal["frozen", "tracked"]
 class Start(NamedTuple):
     """What a run starts from, for the strategies that keep some of it.
 
-    loaded: the paths of its leaves that the model has.  head: its own one where the model has
-    another.  fisher: reads its Fisher information, by path, from a file or from beside it.
+    loaded: the paths of its leaves that the model has.  head: returns its own one where the model
+    has another, else None.  fisher: reads its Fisher information, by path, from a file or from
+    beside it.
     """
 
     origin: str
     loaded: frozenset[str]
-    head: Mapping[str, Any] | None
+    head: Callable[[], Mapping[str, Any] | None]
     fisher: Callable[[str | None], Mapping[str, Any]]
 
 
@@ -47,13 +48,14 @@ class Start(NamedTuple):
 class Strategy:
     """Edits in order, roles by rule, optimizer groups by rule, and loss terms to add.
 
-    readings: terms that read the model's own forward pass.  anchor: makes an edit of the paths
-    that are trained; what it adds is frozen.  statistics: whether BatchNorm goes on learning them;
-    None leaves it to those it is composed with.  loads: whether it starts from the pretrained
-    weights.
+    copies: edits that copy what was loaded, and so come before all others.  readings: terms that
+    read the model's own forward pass.  anchor: makes an edit of the paths that are trained; what it
+    adds is frozen.  statistics: whether BatchNorm goes on learning them; None leaves it to those it
+    is composed with.  loads: whether it starts from the pretrained weights.
     """
 
     edits: tuple[Edit, ...] = ()
+    copies: tuple[Edit, ...] = ()
     roles: Rules = ()
     groups: Rules = ()
     terms: tuple[Objective, ...] = ()
@@ -94,7 +96,8 @@ def compose(tree: Tree, parts: Sequence[Strategy]) -> Strategy:
     """
     usual: Statistics = "frozen"
     statistics = next((part.statistics for part in parts if part.statistics), usual)
-    edits = [edit for part in parts for edit in part.edits]
+    edits = [edit for part in parts for edit in part.copies]
+    edits += [edit for part in parts for edit in part.edits]
     roles = [rule for part in parts for rule in part.roles]
     if len(anchors := [part.anchor for part in parts if part.anchor]) > 1:
         raise BadInput("two strategies anchor the weights: choose one of l2_sp and ewc")
@@ -102,14 +105,14 @@ def compose(tree: Tree, parts: Sequence[Strategy]) -> Strategy:
         edits += [FixStatistics()] if statistics == "frozen" else []
         roles += [("batch_stats/**", "track")] if statistics == "tracked" else []
     return Strategy(
-        tuple(edits),
-        tuple(sorted(roles, key=lambda rule: rule[1] != "freeze")),
-        tuple(rule for part in parts for rule in part.groups),
-        tuple(term for part in parts for term in part.terms),
-        tuple(reading for part in parts for reading in part.readings),
-        anchors[0] if anchors else None,
-        statistics if "batch_stats" in tree else None,
-        all(part.loads for part in parts),
+        edits=tuple(edits),
+        roles=tuple(sorted(roles, key=lambda rule: rule[1] != "freeze")),
+        groups=tuple(rule for part in parts for rule in part.groups),
+        terms=tuple(term for part in parts for term in part.terms),
+        readings=tuple(reading for part in parts for reading in part.readings),
+        anchor=anchors[0] if anchors else None,
+        statistics=statistics if "batch_stats" in tree else None,
+        loads=all(part.loads for part in parts),
     )
 
 
@@ -166,7 +169,7 @@ def with_head(
 ) -> Strategy:
     """Train these leaves and the head; what the edits add as `constants` stays."""
     roles = (*rules(constants, "freeze"), *rules(trained), *head(tree))
-    return Strategy(tuple(edits), roles, (*groups, *faster(tree, head_rate)))
+    return Strategy(tuple(edits), roles=roles, groups=(*groups, *faster(tree, head_rate)))
 
 
 def scratch(tree: Tree, last_read: str | None) -> Strategy:
@@ -577,16 +580,17 @@ def lwf(
 
     The old head is trained too, as `old/head`; where the labels are the start's, it is the model's.
     Source: Li and Hoiem 2016, arXiv 1606.09282.
-    Raises: BadInput if the start has no head.
+    Raises: BadInput if the start has no head, or one of other features than the model's.
     """
-    below = tuple(f"{path}/" for path in HEADS)
-    if source.head is None and not any(path.startswith(below) for path in source.loaded):
+    below, own = tuple(f"{path}/" for path in HEADS), source.head()
+    if own is None and not any(path.startswith(below) for path in source.loaded):
         raise BadInput(
             f"lwf keeps what the start's head says of an input, and {source.origin} has no such "
             "head: start from a run with labels, or take l2_sp"
         )
-    roles = rules(["old/**"]) if source.head else ()
-    return Strategy((Teach(source.head),), roles, readings=(distill(weight, temperature),))
+    roles = rules(["old/**"]) if own else ()
+    reads = (distill(weight, temperature),)
+    return Strategy(copies=(Teach(own),), roles=roles, readings=reads)
 
 
 STRATEGIES: dict[str, Callable[..., Strategy]] = {

@@ -41,9 +41,8 @@ class Trial(NamedTuple):
 
     @property
     def value(self) -> float:
-        """Return the primary metric, of which more is better; an undefined one is the least."""
-        first = next(iter(self.scores.values()))
-        return first if np.isfinite(first) else -np.inf
+        """Return what the primary metric is worth."""
+        return metrics.worth(*next(iter(self.scores.items())))
 
 
 class Ended(NamedTuple):
@@ -189,10 +188,11 @@ def plot(trials: Sequence[Trial], title: str, path: Path) -> None:
     columns = [(trial.read, trial.lr, trial.decay) for trial in trials]
     reads, rates, decays = (list(dict.fromkeys(names)) for names in zip(*columns, strict=True))
     figure = Figure(figsize=(4 * len(reads), 4), layout="constrained")
-    values = np.array([trial.value for trial in trials]).reshape(len(reads), len(rates), -1)
+    shown = [next(iter(trial.scores.values())) for trial in trials]
+    values = np.array(shown).reshape(len(reads), len(rates), -1)
     panels = figure.subplots(1, len(reads), squeeze=False)[0]
     for panel, read, cells in zip(panels, reads, values, strict=True):
-        image = panel.imshow(cells, vmin=values.min(), vmax=values.max(), aspect="auto")
+        image = panel.imshow(cells, vmin=np.nanmin(values), vmax=np.nanmax(values), aspect="auto")
         panel.set(title=read or "", xlabel="decay", ylabel="lr")
         panel.set_xticks(range(len(decays)), [f"{x:g}" for x in decays])
         panel.set_yticks(range(len(rates)), [f"{x:g}" for x in rates])
