@@ -1,12 +1,10 @@
 """Before the first import of jax: eight simulated devices, strict numerics, checked signatures."""
 
-import functools
 import importlib.util
 import os
 from collections import Counter
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache"
@@ -29,6 +27,7 @@ os.environ.setdefault("TLJAX_DATA", str(CACHE / "tfds"))
 
 import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
+from torchvision_ops import declare_torchvision_ops  # noqa: E402
 
 # Shapes in signatures are checked while the tests run, in the modules that compute.  Elsewhere a
 # signature's array may rightly be a ShapeDtypeStruct, a sharding or a hole: jax rebuilds pytrees.
@@ -43,29 +42,6 @@ left_out: Counter[str] = Counter()
 def asset_dir() -> Path:
     """The folder of unpacked assets: launch/assets.sh describes it."""
     return Path(os.environ["TLJAX_ASSETS"])
-
-
-@functools.cache
-def declare_torchvision_ops() -> Any:
-    """Declare torchvision's operators where its compiled ones do not load.
-
-    Its wheel asks for the one torch it was built with.  Importing it, as transformers, timm and
-    peft do, takes no more than the names.
-    """
-    import torch
-
-    spec = importlib.util.find_spec("torchvision")
-    if spec is None:
-        return None
-    try:
-        for path in Path(spec.origin).parent.glob("_C.*"):
-            torch.ops.load_library(path)
-    except OSError:
-        library = torch.library.Library("torchvision", "DEF")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor x) -> Tensor")
-        return library  # its declarations live as long as it does
-    return None
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -23,7 +23,7 @@ ORDER = [
     {"weights"},
     {"checkpoint", "data", "metrics", "strategies"},
     {"evaluate", "features", "proof", "source"},
-    {"fisher"},
+    {"assembly", "fisher"},
     {"build", "pretrained"},
     {"plan"},
     {"train"},

@@ -1,66 +1,26 @@
-"""Compiled FLOPs of the step against full fine-tuning: each method at its floor."""
+"""What a step costs beside its arithmetic, and the benchmarks' table of methods.
+
+How much each method may cost is held by test_budget.py.
+"""
 
 import dataclasses
-import functools
 
+import accuracy
 import jax
+import methods
 import pytest
-from tiny import MLM, VIT, assemble, compiled, image_batch, text_batch
+from tiny import BERT, MLM, RESNET, VIT, assemble, compiled, image_batch, text_batch
 
-from tljax.models.vit import ViT
-from tljax.tree import join
+from tljax.strategies import STRATEGIES
+from tljax.tree import flatten, join
+from tljax.types import BadInput
 
-# ViT-S/14 as DINOv2 has it, at 98 px; and a small one for every run of the tests.
-SMALL = ViT(layer_scale=1e-5, num_classes=10)
-NARROW = dataclasses.replace(
-    VIT, width=96, mlp=384, heads=3, depth=6, patch=14, grid=(7, 7), num_classes=10
-)
-# Floors are 1/3, 2/3 and (1 + 2k/L)/3; the rest is LoRA's products, norms, softmax and GELU.
-BOUNDS = {"probe": 0.36, "lora": 0.72, "last_k": 0.50}
-
-
-@functools.cache
-def flops(model, strategy, rank, **optimizer):
-    """FLOPs that XLA counts in the compiled step; the gradient norm is one of its metrics."""
-    batch = image_batch(2, 98, 10)
-    options = {"lora": {"rank": rank}}.get(strategy)
-    run = assemble(model, batch, strategy, options=options, **optimizer)
-    return compiled(run, batch).cost_analysis()["flops"]
-
-
-def assert_at_the_floor(model, rank, last, **optimizer):
-    full = flops(model, "full", rank, **optimizer)
-    for name, bound in (BOUNDS | {"last_k": last}).items():
-        ratio = flops(model, name, rank, **optimizer) / full
-        assert ratio < bound, f"{name}: {ratio:.3f} of full"
-        assert ratio > 1 / 3 - 0.02, f"{name}: {ratio:.3f} of full is less than its forward pass"
-
-
-def assert_clipping_is_free(model, rank):
-    for name in ("full", *BOUNDS):
-        clipped, unclipped = flops(model, name, rank), flops(model, name, rank, clip=None)
-        assert clipped == pytest.approx(unclipped, rel=0.01), name
-
-
-@pytest.mark.slow
-def test_a_narrow_vit_is_at_the_floor_with_clipping_on():
-    # Rank 2 of width 96 is rank 8 of width 384; the last 2 of 6 blocks: (1 + 4/6) / 3 = 0.556.
-    assert_at_the_floor(NARROW, 2, 0.59)
-
-
-@pytest.mark.slow  # tests/test_budget.py clips as well
-def test_clipping_reads_no_frozen_gradient():
-    full = flops(NARROW, "full", 2)
-    for name in ("probe", "lora"):
-        with_clip, without = flops(NARROW, name, 2), flops(NARROW, name, 2, clip=None)
-        assert with_clip == pytest.approx(without, rel=0.01)
-        assert with_clip < BOUNDS[name] * full
-
-
-@pytest.mark.slow
-def test_vit_s_is_at_the_floor():
-    assert_at_the_floor(SMALL, 8, BOUNDS["last_k"])
-    assert_clipping_is_free(SMALL, 8)
+KINDS = {
+    "vit": (VIT, image_batch()),
+    "bert": (BERT, text_batch()),
+    "resnet": (RESNET, image_batch()),
+}
+WIDE = {"width": 64, "mlp": 128}  # nf4 has blocks of 64
 
 
 def test_counting_the_loss_first_costs_no_forward_pass():
@@ -94,3 +54,33 @@ def test_the_optimizer_state_holds_trainable_leaves_only(strategy):
     whole = sum(leaf.size for leaf in jax.tree.leaves(run.tree))
     kept = sum(leaf.size for leaf in jax.tree.leaves((state.params, state.track, frozen)))
     assert kept == whole  # every leaf is in exactly one place
+
+
+def steps(kind, name):
+    """Assemble a method of the benchmarks on a tiny model of a kind."""
+    model, batch = KINDS[kind]
+    fields = ({} if kind == "resnet" else WIDE) | methods.FIELDS.get(name, {})
+    model = dataclasses.replace(model, **fields)
+    start = methods.start_of(assemble(model, batch, "full").tree)
+    return assemble(model, batch, methods.chosen(methods.METHODS[name]), start=start)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_method_of_the_benchmarks_runs_on_the_models_that_can_have_it(kind):
+    made = {name: steps(kind, name) for name in methods.methods_of(kind)}
+    trained = {
+        name: frozenset(p for p, role in flatten(run.roles.tree).items() if role == "train")
+        for name, run in made.items()
+    }
+    assert trained["probe"] == {"params/head/kernel", "params/head/bias"}
+    # What trains the head alone is no method: quantising, or a policy of BatchNorm, by itself.
+    assert [name for name in trained if trained[name] == trained["probe"]] == ["probe"]
+    for name in methods.CANNOT[kind]:
+        with pytest.raises(BadInput):
+            steps(kind, name)
+
+
+def test_the_table_of_methods_leaves_no_strategy_out():
+    named = {part["name"] for parts in methods.METHODS.values() for part in parts}
+    assert named == set(STRATEGIES) - {"scratch"}  # its step is that of full
+    assert set(accuracy.RATES) <= set(methods.METHODS)

@@ -120,7 +120,7 @@ def test_without_its_compiler_a_tpu_is_refused_before_data_are_read(monkeypatch,
 
 def test_what_does_not_fit_is_refused_with_the_compilers_words():
     class Lowered:
-        def compile(self):
+        def compile(self, compiler_options):
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 20G exceeds 15.75G\nmore")
 
     with pytest.raises(BadInput, match=r"20G exceeds 15.75G\ntry --config.run.remat"):

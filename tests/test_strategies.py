@@ -235,7 +235,7 @@ def test_full_after_lora_leaves_its_constants():
 
 
 def test_two_methods_at_one_port_are_refused():
-    with pytest.raises(BadInput, match=r"value has lora already: two methods .* the same port"):
+    with pytest.raises(BadInput, match=r"query has lora already: two methods .* the same port"):
         assemble(VIT, IMAGES, [("lora", {"rank": 2}), ("vera", {"rank": 2})])
     with pytest.raises(BadInput, match="has rescale already"):
         assemble(VIT, IMAGES, [("ia3", {}), ("ssf", {})])

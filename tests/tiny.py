@@ -2,21 +2,19 @@
 
 import dataclasses
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from tljax import objectives, optim, sharding
-from tljax.build import init_model, make_shardings
+from tljax import assembly, sharding
+from tljax.assembly import Assembled, init_model
 from tljax.models.bert import Bert
 from tljax.models.resnet import ResNet
 from tljax.models.vit import ViT
-from tljax.state import Roles, State, apply_edits, assign_roles, keep_beside, make_birth
-from tljax.step import make_step
-from tljax.strategies import Start, make
-from tljax.tree import flatten, map_with_path, split
+from tljax.strategies import Start
+from tljax.tree import map_with_path
 
 VIT = ViT(width=32, depth=4, heads=2, mlp=64, patch=4, grid=(2, 2), layer_scale=0.5, num_classes=3)
 BERT = Bert(vocab=40, width=32, depth=2, heads=2, mlp=64, positions=8, num_classes=3)
@@ -48,19 +46,6 @@ def text_batch(examples: int = 16, length: int = 8, mlm: bool = False) -> dict[s
 QUICK = {"xla_backend_optimization_level": 0}
 
 
-class Run(NamedTuple):
-    """A strategy applied to a model: what `build` decides, from plain values."""
-
-    roles: Roles
-    specs: Any
-    shardings: Any
-    birth: Any
-    abstract: tuple[State, Any]
-    step: Any
-    objective: Any
-    tree: Any
-
-
 def one_device() -> sharding.Mesh:
     kinds = (jax.sharding.AxisType.Auto,) * 3
     return jax.make_mesh((1, 1, 1), sharding.AXES, axis_types=kinds, devices=jax.devices()[:1])
@@ -86,45 +71,36 @@ def assemble(
     batch: Any,
     chosen: Any,
     *,
-    task: str = "classify",
     mesh: sharding.Mesh | None = None,
     source: tuple = (),
     user: tuple = (),
     options: dict[str, Any] | None = None,
     extra: tuple = (),
-    microbatches: int = 1,
-    ambient: bool = True,
+    task: str = "classify",
     start: Start | None = None,
+    microbatches: int = 1,
     dtype: Any = jnp.float32,
     **optimizer: Any,
-) -> Run:
-    key, mesh = jax.random.key(0), mesh or one_device()
-    init = partial(init_model, model, batch)
-    chosen = [(chosen, options or {})] if isinstance(chosen, str) else chosen
-    strategy = make(jax.eval_shape(init, key), model.read, chosen, start)
-    edits = (*source, *strategy.edits) if strategy.loads else strategy.edits
-    tree = jax.eval_shape(lambda key: apply_edits(edits, init(key), key), key)
-    objective = objectives.make_objective(task, model, strategy.readings)
-    objective = objectives.add(objective, *strategy.terms, *extra)
-    objective = sharding.under(mesh, objective) if ambient else objective
-    roles = assign_roles(tree, user, strategy.roles, objective, batch, key)
-    if strategy.anchor:
-        trained = [path for path, role in flatten(roles.tree).items() if role == "train"]
-        edits = (*edits, strategy.anchor(trained))
-        tree, roles = keep_beside(tree, roles, edits[-1], "freeze", key)
+) -> Assembled:
+    """Assemble a run as `build` does, from plain values; by default of AdamW on one device."""
     settings = {"name": "adamw", "lr": 1e-3, "steps": 10, "clip": 1.0, "decay": 0.05}
-    settings |= {"groups": strategy.groups}
-    tx = optim.make_tx(split(tree, roles.tree).train, **(settings | optimizer))
-    birth = make_birth(init, roles.tree, tx, dtype)
-    abstract = jax.eval_shape(birth, edits, key)
-    specs = sharding.specs(tree, mesh)
-    shardings = make_shardings(mesh, specs, roles.tree, tx, abstract[0])
-    born = jax.jit(birth, out_shardings=(shardings.state, shardings.frozen))
-    step = make_step(objective, tx, 0, shardings, microbatches)
-    return Run(roles, specs, shardings, partial(born, edits), abstract, step, objective, tree)
+    return assembly.assemble(
+        model,
+        batch,
+        [(chosen, options or {})] if isinstance(chosen, str) else chosen,
+        mesh=mesh or one_device(),
+        optimizer=settings | optimizer,
+        task=task,
+        source=source,
+        start=start,
+        user=user,
+        terms=extra,
+        microbatches=microbatches,
+        dtype=dtype,
+    )
 
 
-def compiled(run: Run, batch: Any) -> Any:
+def compiled(run: Assembled, batch: Any) -> Any:
     """Compile a step ahead of time, quickly: compiling is all that tests of tiny models take."""
 
     def place(leaf: np.ndarray) -> jax.ShapeDtypeStruct:

@@ -19,7 +19,8 @@ import numpy as np
 from flax import linen as nn
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from tljax import features, objectives, optim, sharding
+from tljax import features, objectives, sharding
+from tljax.assembly import Assembled, assemble, init_model
 from tljax.config import Config, parse
 from tljax.data.pipeline import Pipeline, open_pipeline
 from tljax.edits.load import Report, load
@@ -27,17 +28,9 @@ from tljax.fisher import read_fisher
 from tljax.layers import choose, pair
 from tljax.models import MODELS, ViT
 from tljax.source import merged, open_source, require_same_body
-from tljax.state import (
-    Roles,
-    State,
-    apply_edits,
-    assign_roles,
-    keep_beside,
-    make_birth,
-    optimizer_specs,
-)
-from tljax.step import Shardings, make_step
-from tljax.strategies import STRATEGIES, Average, Start, make
+from tljax.state import Roles, State
+from tljax.step import Shardings
+from tljax.strategies import STRATEGIES, Start
 from tljax.tree import flatten, nearest, split
 from tljax.types import BadInput, Edit, Key, Rules, Tree
 from tljax.weights import Source
@@ -275,64 +268,49 @@ def build(
     sharding.check_batch(config.run.batch, mesh, config.run.microbatches)
     check_strategies(config)
     source, pipeline = parts or open_parts(config)
-    task = pipeline.task
     model, facts = make_model(config, source, pipeline)
     batch = pipeline.example_batch
-    init = partial(init_model, model, batch)
-    key = jax.random.key(config.seed)
-    tree = jax.eval_shape(init, key)
     source_edits: tuple[Edit, ...] = ()
-    report = None
+    report = start = None
     if source:
+        own = jax.eval_shape(partial(init_model, model, batch), jax.random.key(config.seed))
         adapted = adaptations(model, config.data.image_size)
-        source_edits, report = load_edit(source, tree, pipeline.labels, adapted)
-    chosen = [(part.name, part.options()) for part in config.strategy]
-    start = start_of(source, report, facts["fields"]) if source else None
-    strategy = make(tree, getattr(model, "read", None), chosen, start)
-    loads = bool(source) and strategy.loads
-    edits = (*source_edits, *strategy.edits) if loads else strategy.edits
-    tree = jax.eval_shape(partial(apply_edits, edits), tree, key)
-    own = objectives.make_objective(task, model, strategy.readings)
-    objective = objectives.add(own, *strategy.terms)
-    objective = sharding.under(mesh, objective)
-    roles = assign_roles(tree, config.roles, strategy.roles, objective, batch, key)
+        source_edits, report = load_edit(source, own, pipeline.labels, adapted)
+        start = start_of(source, report, facts["fields"])
+    made = assemble(
+        model,
+        batch,
+        [(part.name, part.options()) for part in config.strategy],
+        mesh=mesh,
+        optimizer=config.optim.model_dump() | {"steps": config.run.steps},
+        task=pipeline.task,
+        source=source_edits,
+        start=start,
+        user=config.roles,
+        specs=config.specs,
+        ema=config.run.ema,
+        microbatches=config.run.microbatches,
+        dtype=jnp.dtype(config.precision.compute),
+        seed=config.seed,
+    )
+    loads = bool(source) and made.strategy.loads
     if loads:
-        require_no_random_freeze(report, roles)
-    trained = tuple(path for path, role in flatten(roles.tree).items() if role == "train")
-    if strategy.anchor:
-        edits = (*edits, strategy.anchor(trained))
-        tree, roles = keep_beside(tree, roles, edits[-1], "freeze", key)
-    if config.run.ema:
-        edits = (*edits, Average(trained))
-        tree, roles = keep_beside(tree, roles, edits[-1], "track", key)
-        objective = objectives.average(objective, config.run.ema ** (1 / config.run.microbatches))
-    trainable = split(tree, roles.tree).train
-    optimizer = config.optim.model_dump() | {"steps": config.run.steps, "groups": strategy.groups}
-    tx = optim.make_tx(trainable, **optimizer)
-    birth = make_birth(init, roles.tree, tx, jnp.dtype(config.precision.compute))
-    abstract = jax.eval_shape(birth, edits, key)
-    specs = sharding.specs(tree, mesh, config.specs)
-    shardings = make_shardings(mesh, specs, roles.tree, tx, abstract[0])
-    with_sharding = jax.jit(birth, out_shardings=(shardings.state, shardings.frozen))
-    predict = sharding.under(mesh, objectives.make_predict(task, model))
-    place_of = partial(features.find_cut, model, objective, predict, split(tree, roles.tree))
-    passes = examples_seen(config, len(pipeline.splits.validation))
-    mode, find = config.run.features, lambda: place_of(batch, key)
-    cut, how = features.decide(mode, pipeline, mesh, passes, find)
-    objective, predict = (features.filled(each, batch) for each in (objective, predict))
+        require_no_random_freeze(report, made.roles)
+    predict = sharding.under(mesh, objectives.make_predict(pipeline.task, model))
+    cut, how = find_features(config, pipeline, mesh, model, made, predict)
     return Experiment(
         config=config,
         facts=facts,
         data=pipeline,
         mesh=mesh,
-        tree=tree,
-        roles=roles,
-        specs=specs,
-        shardings=shardings,
-        birth=partial(with_sharding, edits),
-        abstract=place(abstract, (shardings.state, shardings.frozen)),
-        step=make_step(objective, tx, config.seed, shardings, config.run.microbatches),
-        predict=jax.jit(predict, out_shardings=shardings.scalar),
+        tree=made.tree,
+        roles=made.roles,
+        specs=made.specs,
+        shardings=made.shardings,
+        birth=made.birth,
+        abstract=made.abstract,
+        step=made.step,
+        predict=jax.jit(features.filled(predict, batch), out_shardings=made.shardings.scalar),
         report=report if loads else None,
         digest=source.digest() if source else "",
         model=model,
@@ -341,6 +319,22 @@ def build(
         batch=cut.batch if cut else batch,
         put=lambda batch: sharding.put_batch(batch, mesh),
     )
+
+
+def find_features(
+    config: Config,
+    pipeline: Pipeline,
+    mesh: sharding.Mesh,
+    model: nn.Module,
+    made: Assembled,
+    predict: Any,
+) -> tuple[features.Cut | None, str]:
+    """Decide whether a frozen part of the model runs once, and say why."""
+    parts, batch = split(made.tree, made.roles.tree), pipeline.example_batch
+    key = jax.random.key(config.seed)
+    passes = examples_seen(config, len(pipeline.splits.validation))
+    find = lambda: features.find_cut(model, made.objective, predict, parts, batch, key)  # noqa: E731
+    return features.decide(config.run.features, pipeline, mesh, passes, find)
 
 
 def examples_seen(config: Config, validation: int) -> int:
@@ -375,34 +369,8 @@ def require_no_random_freeze(report: Report, roles: Roles) -> None:
             raise BadInput(f"{row.path} is {row.detail} and would stay random: train it by a role")
 
 
-def init_model(model: nn.Module, batch: Any, key: jax.Array) -> Tree:
-    """Create the model's variables from a key; `batch` gives shapes alone."""
-    like = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), objectives.inputs_of(batch))
-    return model.init(key, *like)
-
-
 def check_strategies(config: Config) -> None:
     """Check the names of strategies, and their options against their functions."""
     for part in config.strategy:
         function = choose(STRATEGIES, part.name, "strategy.name")
         check_options(function, part.options(), f"strategy {part.name}")
-
-
-def make_shardings(
-    mesh: sharding.Mesh, specs: Tree, roles: Tree, tx: Any, state: State
-) -> Shardings:
-    """Give state, frozen tree, batch and scalars their places; optimizer leaves follow theirs."""
-    scalar = sharding.on(mesh, sharding.REPLICATED)
-    parts = split(sharding.on(mesh, specs), roles)
-    opt = optimizer_specs(tx, state.opt, parts.train, scalar)
-    placed = State(scalar, parts.train, parts.track, opt)
-    return Shardings(placed, parts.freeze, sharding.on(mesh, sharding.BATCH), scalar)
-
-
-def place(abstract: Any, shardings: Any) -> Any:
-    """Attach shardings to shapes, so that a checkpoint can be read onto them."""
-    return jax.tree.map(
-        lambda leaf, own: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=own),
-        abstract,
-        shardings,
-    )

@@ -64,14 +64,17 @@ def compile_step(experiment: Experiment) -> jax.stages.Compiled:
     return compile_lowered(experiment.step.lower(*experiment.abstract, placed), experiment.mesh)
 
 
-def compile_lowered(lowered: jax.stages.Lowered, mesh: Mesh) -> jax.stages.Compiled:
+def compile_lowered(
+    lowered: jax.stages.Lowered, mesh: Mesh, compiler_options: dict[str, Any] | None = None
+) -> jax.stages.Compiled:
     """Compile a program for a mesh, whose devices may be elsewhere.
 
+    compiler_options: XLA's, by their names, for this program alone.
     Raises: BadInput if the compiler finds that a device has too little memory.
     """
     try:
         with nullcontext() if mesh.devices.flat[0] in jax.devices() else uncached():
-            return lowered.compile()
+            return lowered.compile(compiler_options)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
@@ -94,7 +97,11 @@ def uncached() -> Iterator[None]:
 
 
 def cost_of(compiled: jax.stages.Compiled, microbatches: int = 1) -> Cost:
-    """Read what XLA says of a step; it counts a scan's body once, hence times microbatches."""
+    """Read what XLA says of a step; it counts a scan's body once, hence times microbatches.
+
+    That multiplies what runs once a step too, the optimizer and the metrics: with microbatches
+    `flops` is above the true count by so many times their few operations a parameter.
+    """
     memory = compiled.memory_analysis()
     return Cost(
         flops=compiled.cost_analysis()["flops"] * microbatches,
