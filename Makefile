@@ -51,7 +51,7 @@ demo-fast: .venv/.core ## the same in about a minute, with figures that mean lit
 	@$(ASSETS) vit minilm fashion vader $(GO_ON)
 	@launch/local.sh $(BIN)/python -m tljax demo --fast
 
-test: .venv/.test .venv/.reference ## the tests
+test: .venv/.test .venv/.reference .venv/.plan ## the tests
 	@$(ASSETS) vit minilm $(GO_ON)
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 

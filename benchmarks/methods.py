@@ -50,7 +50,7 @@ IMAGES = {"vpt deep", "vpt shallow", "attentive"}
 CANNOT: Mapping[str, set[str]] = {
     "vit": {"prompt", "full, frozen statistics"},
     "bert": {"full, frozen statistics", *IMAGES},
-    "resnet": {"prompt", *IMAGES, *IN_BLOCKS},
+    "resnet": {"prompt", "pissa", "olora", *IMAGES, *IN_BLOCKS},
 }
 """What a kind of model has no port for: words, patches, BatchNorm, dense layers in its blocks."""
 AS_LORA = {"rslora", "lora+", "pissa", "olora"}

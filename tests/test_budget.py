@@ -1,7 +1,8 @@
 """The budget of a step: what each method may cost beside full fine-tuning, on a ViT-B/16.
 
-Gradient norm, clipping and an average of the weights are on.  A bound that is broken names a cost
-that came back: mend its cause.
+Gradient norm, clipping and an average of the weights are on, and in the bounds of FLOPS gradients
+are accumulated over two microbatches.  A bound that is broken names a cost that came back: mend its
+cause.
 """
 
 import functools
@@ -29,8 +30,15 @@ FLOPS = {
     "full, remat": (1.10, 1.34),
 }
 """Least and most of full fine-tuning's compiled FLOPs; less than the products is a wrong count."""
-PEAK = {"lora+quantize, remat": 0.30, "lora, remat": 0.35, "probe": 0.11}
-"""Most of full fine-tuning's peak memory on a v5e chip: 64 images in bfloat16."""
+PEAK = {"probe": 0.11, "lora+quantize, remat": 0.30, "lora, remat": 0.35, "lora": 0.81}
+"""Most of full fine-tuning's peak memory on a v5e chip: 64 images in bfloat16.
+
+`lora` is bound just above what it takes, .795; what its gradients read would be about .66.
+"""
+FULL_PEAK = 7.171e9
+"""Bytes that full fine-tuning takes there.  Compiling it takes two minutes of CPU time, at three
+blocks too, so that every run of the tests compiles the probe alone, which takes half a minute.
+"""
 OFTEN = ("adapter", "vpt")
 SELDOM = (
     "bitfit",
@@ -112,8 +120,9 @@ def floor_of(case, depth=DEPTH):
     "case", [pytest.param(case, marks=[pytest.mark.slow] * (", " in case)) for case in FLOPS]
 )
 def test_flops_of_a_vit_b_are_within_the_budget(case):
+    """Accumulating, where XLA counts one of two microbatches: of full's one as well."""
     least, most = FLOPS[case]
-    ratio = flops(case) / flops("full")
+    ratio = flops(case, microbatches=2) / flops("full", microbatches=2)
     assert least <= ratio <= most, f"{case}: {ratio:.4f} of full"
 
 
@@ -175,8 +184,15 @@ def test_a_run_compiles_its_step_and_its_evaluation_once(strategy, tmp_path):
 
 
 @pytest.mark.libtpu
-@pytest.mark.slow
-@pytest.mark.parametrize("case", PEAK)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=[pytest.mark.slow] * (case != "probe")) for case in PEAK]
+)
 def test_peak_memory_on_a_v5e_chip_is_within_the_budget(case):
-    ratio = peak(case) / peak("full")
+    ratio = peak(case) / FULL_PEAK
     assert ratio <= PEAK[case], f"{case}: {ratio:.4f} of full"
+
+
+@pytest.mark.libtpu
+@pytest.mark.slow
+def test_the_peak_of_full_fine_tuning_is_what_the_budget_says():
+    assert peak("full") == pytest.approx(FULL_PEAK, rel=0.02)
