@@ -11,7 +11,7 @@ GO_ON := || echo "going on with what is there"
 NAMES ?=
 PYTEST_ARGS ?= -n 2 --dist loadfile
 
-.PHONY: help install assets demo demo-fast test test-slow lint types check clean
+.PHONY: help install assets demo demo-fast test test-plan test-slow lint types check clean
 help: ## say what the targets do
 	@grep -hE '^[a-z-]+:.*##' Makefile | sed -E 's/^([a-z-]+):.*## /\1|/' | awk -F'|' '{printf "  make %-10s %s\n", $$1, $$2}'
 
@@ -51,9 +51,12 @@ demo-fast: .venv/.core ## the same in about a minute, with figures that mean lit
 	@$(ASSETS) vit minilm fashion vader $(GO_ON)
 	@launch/local.sh $(BIN)/python -m tljax demo --fast
 
-test: .venv/.test .venv/.reference .venv/.plan ## the tests
+test: .venv/.test .venv/.reference ## the tests
 	@$(ASSETS) vit minilm $(GO_ON)
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-plan: .venv/.test .venv/.plan ## the tests that compile for TPUs
+	@$(BIN)/python -m pytest -m "libtpu and not slow"
 
 test-slow: .venv/.test .venv/.reference .venv/.plan ## the tests longer than 20 seconds each
 	@$(ASSETS) $(GO_ON)
