@@ -218,6 +218,20 @@ def test_lwf_runs_the_student_once():
     assert 1.25 < flops[1] / flops[0] < 1.45
 
 
+def test_l2_sp_pulls_what_is_grafted_to_where_it_begins():
+    """(IA)3 starts at one: pulled to zero it would switch the layer off; a new head is."""
+    _, _, frozen, _ = begin(SMALL, IMAGES, [("ia3", {}), ("l2_sp", {})])
+    means = flatten(frozen["anchor"]["mean"])
+    vectors = [path for path in means if "/rescale/" in path]
+    assert vectors and all(np.all(means[path] == 1) for path in vectors)
+    assert not np.any(means["params/head/kernel"])
+
+
+def test_a_term_that_stands_twice_is_refused():
+    with pytest.raises(BadInput, match="two terms 'distill'"):
+        begin(SMALL, IMAGES, [("full", {}), ("lwf", {}), ("lwf", {})], told={"without": set()})
+
+
 def test_two_anchors_or_nothing_to_keep_are_refused():
     tree = random_tree(SMALL, IMAGES)
     _, told, _ = start(SMALL, IMAGES)

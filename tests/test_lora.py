@@ -195,7 +195,8 @@ def test_a_rank_above_the_kernel_raises():
 
 def test_a_dead_target_raises_with_the_nearest_layer():
     with pytest.raises(
-        BadInput, match=r"\*\*/querry' names no dense, conv and embed layer; nearest: .*/query"
+        BadInput,
+        match=r"\*\*/querry' names no dense, conv, .* and embed layer; nearest: .*/query",
     ):
         targets_of(abstract_tree(VIT, image_batch()), ("params/**/querry",), "LoRA", SERVES)
 

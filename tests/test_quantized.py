@@ -13,7 +13,7 @@ from tljax.quantized import NF4, read, to_int8, to_nf4
 from tljax.sharding import put_batch
 from tljax.state import apply_edits
 from tljax.strategies import make
-from tljax.tree import flatten
+from tljax.tree import flatten, join
 from tljax.types import BadInput
 
 KEY = jax.random.key(0)
@@ -92,15 +92,18 @@ def test_lora_learns_on_a_quantised_base_and_folds_into_float32():
     batch = image_batch(16)
     run = assemble(WIDE, batch, QLORA, lr=1e-2)
     state, frozen = run.birth(KEY)
-    before = jax.device_get(flatten(frozen))
-    assert before["params/blocks/0/mlp/up/kernel/nf4"].dtype == np.uint8
+    assert flatten(frozen)["params/blocks/0/mlp/up/kernel/nf4"].dtype == np.uint8
     step, losses = compiled(run, batch), []
     for _ in range(8):
         state, metrics = step(state, frozen, put_batch(batch, one_device()))
         losses.append(float(metrics["loss"]))
     assert losses[-1] < losses[0]
-    after = jax.device_get(flatten(frozen))
-    assert all(np.array_equal(before[path], after[path]) for path in before)
+    learned = join(state.params, frozen)
+    folded = merge(learned)
+    assert {leaf.dtype for leaf in flatten(folded).values()} == {jnp.dtype(jnp.float32)}
+    apply = jax.jit(lambda tree: WIDE.apply(tree, jnp.asarray(batch["image"])).logits)
+    found, expected = apply(folded), apply(learned)
+    np.testing.assert_allclose(found, expected, rtol=0, atol=2e-5 * np.abs(expected).max())
 
 
 def test_a_quantised_tree_folds_to_what_it_computes():
@@ -127,7 +130,7 @@ def test_a_kernel_that_does_not_divide_into_blocks_is_refused():
         make(abstract_tree(VIT, image_batch()), None, [("quantize", {})])
 
 
-def test_grafting_onto_a_quantised_kernel_is_refused():
-    chosen = [("quantize", {}), ("lora", {})]
+@pytest.mark.parametrize("second", ["lora", "vera", "ia3", "quantize"])
+def test_grafting_onto_a_quantised_kernel_is_refused(second):
     with pytest.raises(BadInput, match="quantised already: graft first, then quantize"):
-        assemble(WIDE, image_batch(), chosen)
+        assemble(WIDE, image_batch(), [("quantize", {}), (second, {})])

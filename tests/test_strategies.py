@@ -20,9 +20,10 @@ from tiny import (
 )
 
 from tljax.metrics import role_counts
+from tljax.optim import decay_mask
 from tljax.sharding import put_batch
 from tljax.state import apply_edits
-from tljax.strategies import STRATEGIES, blocks_read, make
+from tljax.strategies import STRATEGIES, Start, blocks_read, make
 from tljax.tree import flatten, join, label, matches
 from tljax.types import BadInput
 
@@ -199,19 +200,99 @@ def test_roles_are_an_optax_mask(name):
 
 
 def test_a_strategys_own_rules_are_never_dead():
-    for model, batch in ((VIT, IMAGES), (BERT, TEXTS), (RESNET, IMAGES)):
+    refused = {name: set() for name in ("vit", "bert", "resnet")}
+    rates = {"full": {"layer_decay": 0.7}, "lora": {"b_rate": 16.0}}
+    for kind, model, batch in (
+        ("vit", VIT, IMAGES),
+        ("bert", BERT, TEXTS),
+        ("resnet", RESNET, IMAGES),
+    ):
         tree = abstract_tree(model, batch)
+        loaded = frozenset(path for path in flatten(tree) if not path.startswith("params/head/"))
+        head = {"kernel": np.zeros((32, 5)), "bias": np.zeros(5)}
+        start = Start("somewhere", loaded, lambda head=head: head, lambda _: {})
         for name in STRATEGIES:
             try:
-                made = make(tree, None, [(name, OPTIONS.get(name, {}))])
+                options = OPTIONS.get(name, {}) | rates.get(name, {})
+                made = make(tree, None, [(name, options)], start)
             except BadInput:
-                continue  # it is for other models
+                refused[kind].add(name)
+                continue
             after = jax.eval_shape(
                 lambda tree, key, made=made: apply_edits(made.edits, tree, key),
                 tree,
                 jax.random.key(0),
             )
             label(after, made.roles, "freeze")
+            label(after, made.groups, None)
+    alike = {"attentive"}  # none of these models pools by attention
+    assert refused == {
+        "vit": alike | {"batch_norm", "prompt"},
+        "bert": alike | {"batch_norm", "vpt"},
+        "resnet": alike | {"vera", "ia3", "adapter", "vpt", "prompt", "prefix", "quantize"},
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "frozen"),
+    [
+        ("full", {"layer_decay": 0.7}, "params/blocks/0/**"),
+        ("lora", {"head_rate": 3.0}, "params/head/**"),
+        ("lora", {"b_rate": 16.0}, "params/blocks/0/**"),
+    ],
+)
+def test_a_users_freeze_takes_leaves_out_of_a_strategys_groups(name, options, frozen):
+    run = assemble(VIT, IMAGES, name, options=options, user=((frozen, "freeze"),))
+    assert not {path for path in having(run, "train") if matches(frozen, path)}
+
+
+def test_lora_plus_is_faster_in_b_and_never_in_an_embedding():
+    targets = ("params/**/query", "params/embed/word")
+    options = {"b_rate": 16.0, "targets": targets, "rank": 2}
+    groups = STRATEGIES["lora"](abstract_tree(BERT, TEXTS), None, **options).groups
+    expected = {f"params/blocks/{i}/attention/query/lora/b": 16.0 for i in range(BERT.depth)}
+    assert {glob: group.lr for glob, group in groups} == expected
+
+
+@pytest.mark.parametrize("name", ["adapter", "prefix"])
+def test_grafts_of_blocks_lie_in_those_that_are_read(name):
+    """Block 10 is no part of block 1."""
+    tree = abstract_tree(dataclasses.replace(VIT, depth=11), IMAGES)
+    roles = STRATEGIES[name](tree, "blocks/1").roles
+    assert {glob.split("/")[2] for glob, _ in roles if "/blocks/" in glob} == {"0", "1"}
+
+
+def test_prompts_and_prefixes_do_not_decay():
+    tree = {
+        "blocks": {
+            "0": {"prompt": np.ones((2, 3)), "attention": {"prefix": {"key": np.ones((2, 3))}}}
+        }
+    }
+    tree["blocks"]["0"]["attention"]["key"] = {"kernel": np.ones((3, 3)), "bias": np.ones(3)}
+    decays = flatten(decay_mask(tree))
+    assert [path for path, share in decays.items() if share] == ["blocks/0/attention/key/kernel"]
+
+
+BIT = dataclasses.replace(RESNET, norm="group")
+
+
+@pytest.mark.parametrize(
+    ("chosen", "message"),
+    [
+        (
+            ("ia3", {"targets": ("params/**/conv1",), "feedforward": ()}),
+            "a standardised conv layer",
+        ),
+        (("lora", {"use_dora": True, "rank": 2}), "takes LoRA without use_dora and dropout"),
+        (("lora", {"dropout": 0.1, "rank": 2}), "takes LoRA without use_dora and dropout"),
+        (("lora", {"targets": ("params/head",)}), "heads alone, which are trained whole"),
+        (("ia3", {"targets": (), "feedforward": ()}), "has no targets"),
+    ],
+)
+def test_what_a_layer_cannot_take_is_refused(chosen, message):
+    with pytest.raises(BadInput, match=message):
+        assemble(BIT, IMAGES, [chosen])
+    assert having(assemble(BIT, IMAGES, "lora", options={"rank": 2}), "train")
 
 
 def grafted_at(tree, port):
@@ -256,8 +337,9 @@ def test_batch_norm_has_a_policy_whatever_else_trains(policy, statistics, affine
     learned = {"frozen": 0, "tracked": 4, "trained": norms}[policy]  # 4 are in the last block
     assert f"BatchNorm: statistics {told}, {learned} of {norms} norms trained" in counts
     assert (norm in having(run, "train")) == (affine == "train")
-    frozen = assemble(RESNET, IMAGES, [("batch_norm", {}), ("full", {})])
-    assert norm in having(frozen, "freeze") and "fixed_stats" in frozen.tree
+    for order in (1, -1):  # wherever it stands
+        frozen = assemble(RESNET, IMAGES, [("batch_norm", {}), ("full", {})][::order])
+        assert norm in having(frozen, "freeze") and "fixed_stats" in frozen.tree
 
 
 def test_a_layerwise_rate_falls_from_the_head_to_the_embedding():
@@ -289,7 +371,7 @@ def test_the_attentive_probe_trains_its_pooling():
         (
             "lora",
             {"targets": ("params/**/norm1",)},
-            "is a norm layer, but LoRA serves dense, conv and embed",
+            "is a norm layer, but LoRA serves dense, conv, standardised conv and embed",
         ),
         (
             "lora",

@@ -24,7 +24,7 @@ from tljax.state import (
 )
 from tljax.step import Shardings, make_step
 from tljax.strategies import Average, Start, Strategy, make
-from tljax.tree import flatten, split
+from tljax.tree import flatten, matches, split
 from tljax.types import Batch, Edit, Key, Objective, Rules, Tree
 
 
@@ -89,7 +89,9 @@ def assemble(
     roles = assign_roles(tree, user, strategy.roles, objective, batch, key)
     settled = keep(Settled(strategy, edits, tree, roles, objective), ema, microbatches, key)
     trainable = split(settled.tree, settled.roles.tree).train
-    tx = optim.make_tx(trainable, **(dict(optimizer) | {"groups": strategy.groups}))
+    moving = flatten(trainable)  # a user's role may have frozen what a group of the strategy names
+    groups = [rule for rule in strategy.groups if any(matches(rule[0], path) for path in moving)]
+    tx = optim.make_tx(trainable, **(dict(optimizer) | {"groups": groups}))
     birth = make_birth(init, settled.roles.tree, tx, dtype)
     return finish(settled, birth, tx, batch, mesh, specs, microbatches, seed)
 

@@ -352,6 +352,11 @@ def start_of(source: Source, report: Report, fields: Mapping[str, Any]) -> Start
     other = reads_all and heads["head"] and "params/head/kernel" not in loaded
 
     def head() -> Mapping[str, Any] | None:
+        if source.format == "run" and source.config["model"]["task"] == "multilabel":
+            raise BadInput(
+                f"lwf distils one softmax over classes; several of {source.origin}'s may hold at "
+                "once: take l2_sp or ewc"
+            )
         if not other or heads["head"]["kernel"].shape[-1] == 1:
             return None
         pooled = {k: value for k, value in fields.items() if k != "tokens"}  # as old/head reads

@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from tljax.layers import Dense
 from tljax.tree import flatten, join, unflatten
-from tljax.types import Aux, Batch, Key, Loss, Objective, Output, Reading, Term, Tree
+from tljax.types import Aux, BadInput, Batch, Key, Loss, Objective, Output, Reading, Term, Tree
 
 COLLECTIONS = ("params", "batch_stats", "fixed_stats")
 TEXT = ("input_ids", "attention_mask", "token_type_ids")
@@ -81,11 +81,18 @@ def _objective(
         count = jnp.sum(weight)
         loss = {name: Term(1.0, jnp.sum(value * weight), count)}
         for reading in readings:
-            loss |= reading(model, output, tree, batch)
+            loss = beside(loss, reading(model, output, tree, batch))
         sums = {k: (jnp.sum(v * weight), count) for k, v in metrics.items()}
         return loss, Aux(metrics=sums, track=moved)
 
     return objective
+
+
+def beside(loss: Loss, more: Loss) -> Loss:
+    """Put the terms of two losses side by side; raises BadInput if both have one of a name."""
+    if twice := sorted(loss.keys() & more.keys()):
+        raise BadInput(f"the loss has two terms {twice[0]!r}: name each strategy once")
+    return loss | more
 
 
 def cross_entropy(
@@ -202,7 +209,7 @@ def add(*objectives: Objective) -> Objective:
         track: Tree = {}
         for one in objectives:
             terms, aux = one(tree, batch, key)
-            loss, metrics, track = loss | terms, metrics | aux.metrics, track | aux.track
+            loss, metrics, track = beside(loss, terms), metrics | aux.metrics, track | aux.track
         return loss, Aux(metrics, track)
 
     return objective

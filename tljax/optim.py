@@ -18,8 +18,8 @@ class Group(NamedTuple):
     decay: float = 1.0
 
 
-TOKENS = ("cls", "dist", "registers", "probe", "pos")
-"""Leaves of several axes that are no kernels: learned tokens and the position table."""
+TOKENS = ("cls", "dist", "registers", "probe", "pos", "prompt", "prefix")
+"""Leaves of several axes, or their parents, that are no kernels: learned tokens, the positions."""
 DIRECTIONS: dict[str, Callable[..., optax.GradientTransformation]] = {
     "adamw": lambda beta1, beta2, eps, momentum: optax.scale_by_adam(beta1, beta2, eps),
     "sgd": lambda beta1, beta2, eps, momentum: optax.trace(momentum),
@@ -48,12 +48,12 @@ def schedule(kind: str, steps: int, warmup: int) -> optax.Schedule:
 def decay_mask(params: Tree) -> Tree:
     """Return 1 for leaves that weight decay applies to: kernels and embeddings, not 1-D leaves.
 
-    Class tokens and position tables are left out too, as MAE and timm do.
+    Class tokens and position tables are left out too, as MAE and timm do, and so are prompts.
     """
 
     def decays(path: str, leaf: Any) -> float:
-        name = path.rsplit("/", 1)[-1]
-        return float(leaf.ndim > 1 and name not in TOKENS)
+        *_, parent, name = ("", *path.split("/"))
+        return float(leaf.ndim > 1 and not {parent, name} & {*TOKENS})
 
     return map_with_path(decays, params)
 

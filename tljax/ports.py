@@ -119,7 +119,9 @@ def adapted(
     """Add the low-rank update of x to y, the product with the kernel, without its bias.
 
     DoRA's gradient takes the length as given (section 4.3), and PEFT's does: nothing is frozen by
-    it, and the direction still learns.  Source: Liu et al. 2024, arXiv 2402.09353, eq. 5 and 11.
+    it, and the direction still learns.  Dropout falls on the input of the factors alone; PEFT's
+    falls on that of the kernel too, so that the two are equal without it.
+    Source: Liu et al. 2024, arXiv 2402.09353, eq. 5 and 11.
     """
     y += low_rank(x, lora, key, multiply)
     if "magnitude" in lora:

@@ -18,7 +18,7 @@ from tljax.edits.anchor import Anchor, Teach
 from tljax.edits.prompt import Prefix, SoftPrompt, VisualPrompts
 from tljax.edits.quantize import Form, Quantize
 from tljax.edits.rescale import Rescale, ScaleAndShift
-from tljax.edits.targets import kinds_of, modules_of, targets_of
+from tljax.edits.targets import kernel_of, kinds_of, modules_of, targets_of
 from tljax.objectives import distill, quadratic
 from tljax.optim import Group
 from tljax.quantized import BLOCK
@@ -51,7 +51,8 @@ class Strategy:
     copies: edits that copy what was loaded, and so come before all others.  readings: terms that
     read the model's own forward pass.  anchor: makes an edit of the paths that are trained; what it
     adds is frozen.  statistics: whether BatchNorm goes on learning them; None leaves it to those it
-    is composed with.  loads: whether it starts from the pretrained weights.
+    is composed with.  policy: whether it comes before the others, wherever it is listed.  loads:
+    whether it starts from the pretrained weights.
     """
 
     edits: tuple[Edit, ...] = ()
@@ -62,6 +63,7 @@ class Strategy:
     readings: tuple[Reading, ...] = ()
     anchor: Callable[[Sequence[str]], Edit] | None = None
     statistics: Statistics | None = None
+    policy: bool = False
     loads: bool = True
 
 
@@ -95,6 +97,7 @@ def compose(tree: Tree, parts: Sequence[Strategy]) -> Strategy:
     Raises: BadInput if two of them anchor the weights.
     """
     usual: Statistics = "frozen"
+    parts = sorted(parts, key=lambda part: not part.policy)
     statistics = next((part.statistics for part in parts if part.statistics), usual)
     edits = [edit for part in parts for edit in part.copies]
     edits += [edit for part in parts for edit in part.edits]
@@ -211,7 +214,8 @@ def probe(tree: Tree, last_read: str | None) -> Strategy:
 def attentive(tree: Tree, last_read: str | None) -> Strategy:
     """Train a head and the attention that pools for it, on frozen features.
 
-    Source: Bardes et al. 2024, arXiv 2404.08471, section 5 (attentive probing).
+    Source: Zhai et al. 2021, arXiv 2106.04560, section 3.2 (the MAP head that pools); trained as a
+    probe by Bardes et al. 2024, arXiv 2404.08471, section 5, whose own pooling differs from it.
     Raises: BadInput if the model does not pool by attention.
     """
     if "map" not in tree["params"]:
@@ -232,7 +236,7 @@ def norm(tree: Tree, last_read: str | None, head_rate: float = 1.0) -> Strategy:
     """Train the scales and biases of norms, and the head.
 
     head_rate: the head's multiple of the learning rate.
-    Source: Frankle et al. 2020, arXiv 2003.00152 (BatchNorm); Qi et al. 2022, arXiv 2211.08578.
+    Source: Frankle et al. 2020, arXiv 2003.00152 (BatchNorm); Qi et al. 2022, arXiv 2211.08682.
     """
     norms = [f"{path}/**" for path, kind in kinds_of(tree).items() if kind == "norm"]
     return with_head(tree, head_rate, norms)
@@ -254,7 +258,7 @@ def surgical(
 def batch_norm(
     tree: Tree, last_read: str | None, policy: Literal["frozen", "tracked", "trained"] = "frozen"
 ) -> Strategy:
-    """Say what BatchNorm does, whatever the strategies after it say.
+    """Say what BatchNorm does, whatever the strategies beside it say.
 
     frozen: statistics, scales and biases stay.  tracked: statistics follow the batches.  trained:
     scales and biases are trained as well.
@@ -265,7 +269,8 @@ def batch_norm(
     norms = dict.fromkeys(path.rpartition("/")[0] for path in flatten(tree["batch_stats"]))
     mine = [f"params/{path}/*" for path in norms]
     roles = {"frozen": rules(mine, "freeze"), "tracked": (), "trained": rules(mine)}[policy]
-    return Strategy(roles=roles, statistics="frozen" if policy == "frozen" else "tracked")
+    statistics: Statistics = "frozen" if policy == "frozen" else "tracked"
+    return Strategy(roles=roles, statistics=statistics, policy=True)
 
 
 def blocks_read(tree: Tree, last_read: str | None) -> list[str]:
@@ -282,6 +287,12 @@ def is_read(path: str, tree: Tree, last_read: str | None) -> bool:
     return path.startswith(below) or not path.startswith(("params/blocks/", *HEADS))
 
 
+def in_blocks(tree: Tree, last_read: str | None, found: Sequence[str]) -> list[str]:
+    """Keep the modules of the blocks that are read."""
+    below = tuple(f"{block}/" for block in blocks_read(tree, last_read))
+    return [path for path in found if path.startswith(below)]
+
+
 def chosen(
     tree: Tree, last_read: str | None, globs: Globs, method: str, serves: Sequence[str]
 ) -> list[str]:
@@ -290,6 +301,8 @@ def chosen(
     Raises: BadInput for a glob that names nothing the method serves, or if none is read.
     """
     found = targets_of(tree, globs, method, serves)
+    if all(path.startswith(HEADS) for path in found):
+        raise BadInput(f"{method} target {globs} names heads alone, which are trained whole")
     if not (mine := [path for path in found if is_read(path, tree, last_read)]):
         raise BadInput(f"no {method} target of {globs} lies at or below read={last_read!r}")
     return mine
@@ -370,7 +383,16 @@ def lora(
     present = [path for path in flatten(tree) if path.endswith("/bias")]
     below = tuple(f"{path}/" for path in biased)
     trained += [path for path in present if path.startswith(below)] if below else []
-    groups = [(f"{path}/lora/b", Group(lr=b_rate)) for path in paths if b_rate != 1.0]
+    kinds = kinds_of(tree)
+    if (use_dora or dropout) and "standardised conv" in (mine := [kinds[path] for path in paths]):
+        path = paths[mine.index("standardised conv")]
+        raise BadInput(
+            f"{path} is a standardised conv layer, whose factors fold into the kernel before that: "
+            "it takes LoRA without use_dora and dropout"
+        )
+    # Of an embedding's factors it is a that starts at zero; as in PEFT neither is faster.
+    faster_b = [path for path in paths if b_rate != 1.0 and kinds[path] != "embed"]
+    groups = [(f"{path}/lora/b", Group(lr=b_rate)) for path in faster_b]
     still = low_rank.constants(1.0, dropout)
     constants = [f"{path}/lora/{name}" for path in paths for name in still]
     return with_head(tree, head_rate, trained, [edit], constants, groups)
@@ -423,6 +445,8 @@ def ia3(
         tuple(chosen(tree, last_read, globs, "(IA)3", serves)) if globs else ()
         for globs in (feedforward, targets)
     )
+    if not (inputs or outputs):
+        raise BadInput("(IA)3 has no targets: name some by targets or by feedforward")
     if both := sorted(set(inputs) & set(outputs)):
         raise BadInput(f"(IA)3: {both[0]} is named by targets and by feedforward: choose one")
     trained = [f"{path}/rescale/*" for path in (*inputs, *outputs)]
@@ -457,15 +481,19 @@ def adapter(
 ) -> Strategy:
     """Train bottlenecks behind or beside attention and MLP, and the head.
 
-    The default is Houlsby's; Pfeiffer's has targets=("mlp",) and relu; AdaptFormer's targets=
-    ("mlp",), place="parallel", width=64, relu and scale=0.1.  width: of the bottleneck; None is the
-    model's / 16.  head_rate: the head's multiple of the learning rate.
+    The default is Houlsby's, whose norms train too if norm is composed with it.  Pfeiffer's place
+    and activation are targets=("mlp",) and relu; his reads the normed sum with the residual, this
+    one what the MLP gives.  AdaptFormer's has targets=("mlp",), place="parallel", width=64, relu
+    and scale=0.1.  width: of the bottleneck; None is the model's / 16.  head_rate: the head's
+    multiple of the learning rate.
     Source: Houlsby et al. 2019, arXiv 1902.00751; Pfeiffer et al. 2020, arXiv 2005.00247; He et al.
     2021, arXiv 2110.04366; Chen et al. 2022, arXiv 2205.13535.
     """
     ends = {name: [LAST[name]] for name in targets}
     found = [p for name in targets for p in modules_of(tree, (name,), "adapter", ends[name])]
-    paths = tuple(path for path in found if path.startswith(tuple(blocks_read(tree, last_read))))
+    paths = tuple(in_blocks(tree, last_read, found))
+    if not paths:
+        raise BadInput("adapter has no targets: name attention, mlp or both")
     if width is None:
         width = max(subtrees(tree)[paths[0]][LAST[targets[0]]]["bias"].shape[0] // 16, 1)
     edit = Adapters(paths, width, place, activation, scale)
@@ -507,7 +535,7 @@ def prefix(tree: Tree, last_read: str | None, count: int = 30, head_rate: float 
     Source: Li and Liang 2021, arXiv 2101.00190.
     """
     found = modules_of(tree, ("attention",), "prefix", ("key", "value", "out"))
-    paths = [path for path in found if path.startswith(tuple(blocks_read(tree, last_read)))]
+    paths = in_blocks(tree, last_read, found)
     trained = [f"{path}/prefix/{name}" for path in paths for name in ("key", "value")]
     skipped = ["params/embed/skipped"] * ("word" in tree["params"]["embed"])
     return with_head(tree, head_rate, trained, [Prefix(tuple(paths), count)], skipped)
@@ -528,7 +556,7 @@ def quantize(
     Raises: BadInput for a kernel whose input does not divide into nf4's blocks of 64.
     """
     paths, nodes = targets_of(tree, targets, "quantize", ("dense",)), subtrees(tree)
-    rows = {path: nodes[path]["kernel"].shape[0] for path in paths}
+    rows = {path: kernel_of(nodes, path).shape[0] for path in paths}
     if odd := [path for path in paths if form == "nf4" and rows[path] % BLOCK]:
         raise BadInput(
             f"quantize: {odd[0]} has {rows[odd[0]]} inputs, no multiple of nf4's {BLOCK}: "
@@ -540,15 +568,17 @@ def quantize(
 def l2_sp(
     tree: Tree, last_read: str | None, source: Start, alpha: float = 0.1, beta: float = 0.01
 ) -> Strategy:
-    """Add alpha / 2 x squared distance from the start, and beta / 2 x squared size of new leaves.
+    """Add alpha / 2 x squared distance from the start, and beta / 2 x that of new leaves.
 
-    Both are over the leaves that the strategies beside it train; in place of weight decay.
+    A new head is pulled to zero, what is grafted to where it begins.  Both are over the leaves that
+    the strategies beside it train; in place of weight decay.
     Source: Li et al. 2018, arXiv 1802.01483, eq. 4, with the rates of its section 4.
     """
 
     def anchor(trained: Sequence[str]) -> Edit:
-        new = tuple(path for path in trained if path not in source.loaded)
-        return Anchor({path: beta if path in new else alpha for path in trained}, new)
+        rates = {path: alpha if path in source.loaded else beta for path in trained}
+        heads = [p for p in trained if p not in source.loaded and p.startswith(HEADS)]
+        return Anchor(rates, tuple(heads))
 
     return Strategy(terms=(quadratic,), anchor=anchor)
 

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float
 
-from tljax.edits.targets import graft
+from tljax.edits.targets import graft, kernel_of
 from tljax.ports import lengths
 from tljax.tree import subtrees
 from tljax.types import BadInput, Key, Tree
 
-SERVES = ("dense", "conv", "embed")
+SERVES = ("dense", "conv", "standardised conv", "embed")
 Init = Literal["zero", "pissa", "olora"]
 Factors = tuple[Float[Array, "*i r"], Float[Array, "r o"]]
 
@@ -128,10 +128,9 @@ def plain_kernel(node: Tree, target: Target) -> Float[Array, "*k o"]:
 
     Raises: BadInput if it is quantised, or smaller than the rank.
     """
-    if isinstance(node["kernel"], dict):
-        raise BadInput(f"{target.path} is quantised already: graft first, then quantize")
-    require_rank(target, node["kernel"].shape)
-    return jnp.asarray(node["kernel"], jnp.float32)
+    kernel = kernel_of({target.path: node}, target.path)
+    require_rank(target, kernel.shape)
+    return jnp.asarray(kernel, jnp.float32)
 
 
 def require_rank(target: Target, shape: tuple[int, ...]) -> None:
@@ -140,7 +139,7 @@ def require_rank(target: Target, shape: tuple[int, ...]) -> None:
     if target.rank > min(rows, columns):
         raise BadInput(
             f"rank {target.rank} exceeds the smaller side of a {rows} x {columns} kernel at "
-            f"{target.path}"
+            f"{target.path}: the largest that fits is {min(rows, columns)}"
         )
 
 
@@ -151,7 +150,8 @@ class GraftVectors:
     `{kernel}  ->  {kernel, lora: {a, b, inner, outer, scale}}`, and `rate` as above
 
     a and b are cut out of one pair that is as large as the largest target.  outer = 0 and
-    inner = start, as in PEFT.  Every layer holds its own copy of a and b.
+    inner = start, as in PEFT.  Every layer holds its own copy of a and b.  A rank above the sides
+    of a kernel is no mistake: the paper takes 1024 where the width is 768.
     Source: Kopiczko et al. 2023, arXiv 2310.11454, section 3.2.
     """
 
@@ -162,7 +162,7 @@ class GraftVectors:
     def __call__(self, tree: Tree, key: Key) -> Tree:
         """Return the tree with factors and vectors grafted."""
         nodes, leaves = subtrees(tree), {}
-        shapes = [nodes[target.path]["kernel"].shape for target in self.targets]
+        shapes = [kernel_of(nodes, target.path).shape for target in self.targets]
         rows, columns = (max(sizes) for sizes in zip(*shapes, strict=True))
         rank, (first, second) = self.targets[0].rank, jax.random.split(key)
         a = kaiming(first, (rows, rank), rows)

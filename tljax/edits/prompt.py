@@ -8,7 +8,7 @@ from flax import struct
 
 from tljax.edits.targets import graft
 from tljax.tree import subtrees
-from tljax.types import Key, Tree
+from tljax.types import BadInput, Key, Tree
 
 
 @struct.dataclass
@@ -46,8 +46,13 @@ class SoftPrompt:
     count: int = struct.field(pytree_node=False)
 
     def __call__(self, tree: Tree, key: Key) -> Tree:
-        """Return the tree with the prompt grafted."""
+        """Return the tree with the prompt grafted.
+
+        Raises: BadInput for more tokens than there are words.
+        """
         words = tree["params"]["embed"]["word"]["embedding"]
+        if self.count > len(words):
+            raise BadInput(f"{self.count} soft prompts start as words, and there are {len(words)}")
         rows = jax.random.choice(key, len(words), (self.count,), replace=False)
         return graft(tree, {"params/embed": {"prompt": words[rows]}})
 

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from flax import struct
 
-from tljax.edits.targets import graft
+from tljax.edits.targets import graft, kernel_of
 from tljax.tree import subtrees
 from tljax.types import BadInput, Key, Tree
 
@@ -25,7 +25,7 @@ class Rescale:
         nodes = subtrees(tree)
         ends = dict.fromkeys(self.inputs, ("in", -2))
         ends |= dict.fromkeys(self.outputs, ("out", -1))
-        kernels = {path: nodes[path]["kernel"].shape for path in ends}
+        kernels = {path: kernel_of(nodes, path).shape for path in ends}
         return graft(
             tree,
             {p: {"rescale": {end: jnp.ones(kernels[p][axis])}} for p, (end, axis) in ends.items()},

@@ -1,14 +1,20 @@
 """Which modules an edit is for: by glob, among those it can serve."""
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from tljax.tree import edit, flatten, matches, nearest, subtrees
 from tljax.types import BadInput, Tree
 
 
 def kinds_of(tree: Tree) -> dict[str, str]:
-    """Map every module that holds weights of its own to what it is."""
-    found = {}
+    """Map every module that holds weights of its own to what it is.
+
+    A convolution of a ResNet without BatchNorm is standardised: it takes out again what scales its
+    kernel.
+    """
+    normed = {"batch_stats", "fixed_stats"} & tree.keys() or "stem" not in tree["params"]
+    conv, found = "conv" if normed else "standardised conv", {}
     for path, leaf in flatten(tree).items():
         parent, _, name = path.rpartition("/")
         if GRAFTED & set(path.split("/")):
@@ -16,7 +22,7 @@ def kinds_of(tree: Tree) -> dict[str, str]:
         if parent.endswith("/kernel"):  # quantised
             found[parent.removesuffix("/kernel")] = "dense"
         elif name == "kernel":
-            found[parent] = "dense" if leaf.ndim == 2 else "conv"
+            found[parent] = "dense" if leaf.ndim == 2 else conv
         elif name in ("embedding", "scale"):
             found[parent] = "embed" if name == "embedding" else "norm"
     return found
@@ -47,6 +53,17 @@ def targets_of(tree: Tree, globs: Sequence[str], method: str, serves: Sequence[s
             f"{method} target {glob!r} names no {what} layer; nearest: {nearest(glob, served)}"
         )
     return [path for path in served if any(matches(glob, path) for glob in globs)]
+
+
+def kernel_of(nodes: Mapping[str, Tree], path: str) -> Any:
+    """Return a module's kernel.
+
+    Raises: BadInput if it is quantised: it has no shape, and could not be changed.
+    """
+    kernel = nodes[path]["kernel"]
+    if isinstance(kernel, Mapping):
+        raise BadInput(f"{path} is quantised already: graft first, then quantize")
+    return kernel
 
 
 def modules_of(tree: Tree, names: Sequence[str], method: str, where: Sequence[str]) -> list[str]:
