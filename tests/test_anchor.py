@@ -28,6 +28,8 @@ from tljax.strategies import Start, make
 from tljax.tree import flatten, join, unflatten
 from tljax.types import BadInput
 
+pytestmark = pytest.mark.once
+
 IMAGES, TEXTS = image_batch(), text_batch()
 SMALL = dataclasses.replace(VIT, depth=1)
 SHORT = dataclasses.replace(MLM, depth=1)

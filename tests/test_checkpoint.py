@@ -186,7 +186,7 @@ def test_a_damaged_step_is_refused_or_harmless_and_other_steps_survive(tmp_path,
     )
     code += f"; print(json.dumps(t.restore_damaged(folder, {how!r})))"
     done = subprocess.run(
-        [sys.executable, "-c", code],
+        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT / "benchmarks")},
         cwd=ROOT / "tests", capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

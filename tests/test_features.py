@@ -29,6 +29,8 @@ from tljax.sharding import make_mesh, put_batch
 from tljax.tree import flatten, join, reads, split, unflatten
 from tljax.types import Aux, BadInput, Term
 
+pytestmark = pytest.mark.once
+
 KEY = jax.random.key(0)
 IMAGES, TEXTS = image_batch(), text_batch()
 VIT = dataclasses.replace(DEEP, depth=2)

@@ -19,6 +19,8 @@ from tljax.types import BadInput
 from tljax.weights import files
 from tljax.weights.table import Source
 
+pytestmark = pytest.mark.once
+
 VIT = {"width": 32, "depth": 2, "heads": 2, "mlp": 48, "patch": 4, "grid": (4, 4), "eps": 1e-12}
 BERT = {"vocab": 50, "width": 32, "depth": 2, "heads": 2, "mlp": 48, "positions": 24}
 RESNET = {"stages": (1, 2), "width": 8, "bottleneck": False}

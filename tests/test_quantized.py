@@ -16,6 +16,8 @@ from tljax.strategies import make
 from tljax.tree import flatten, join
 from tljax.types import BadInput
 
+pytestmark = pytest.mark.once
+
 KEY = jax.random.key(0)
 WIDE = VIT.clone(width=64, mlp=128, depth=2)
 QLORA = [("lora", {"rank": 4}), ("quantize", {"form": "nf4"})]

@@ -153,7 +153,7 @@ def resnet(folder) -> Path:
     return folder / "resnet"
 
 
-@pytest.mark.parametrize("name", ["vit", "resnet"])
+@pytest.mark.parametrize("name", ["vit", pytest.param("resnet", marks=pytest.mark.slow)])
 def test_a_killed_run_ends_with_the_same_bits(folder, request, name):
     whole = request.getfixturevalue(name)
     workdir = folder / f"{name}-killed"
@@ -306,6 +306,7 @@ def text_run(folder: Path, name: str, rows: list[dict[str, Any]], **more: Any) -
     return train(folder / name, data=data | {"columns": columns}, model=BERT, **values)
 
 
+@pytest.mark.once
 def test_pairs_of_texts_in_bfloat16_on_an_fsdp_mesh(folder, capsys):
     rows = [
         {"first": sentence(kind, i), "second": f"so {i}", "verdict": kind}
@@ -335,6 +336,7 @@ def test_pairs_of_texts_in_bfloat16_on_an_fsdp_mesh(folder, capsys):
     )
 
 
+@pytest.mark.once
 def test_several_labels_a_text(folder):
     rows = [
         {"text": f"{sentence('good', i)} {'red' if i % 2 else 'blue'}",
@@ -348,6 +350,7 @@ def test_several_labels_a_text(folder):
     assert found["labels"] == [name for name, p in found["probabilities"].items() if p > 0.5]
 
 
+@pytest.mark.once
 def test_a_number_a_text(folder, capsys):
     rows = [{"text": sentence("good", i), "label": i / 7} for i in range(120)]
     result = text_run(folder, "number", rows, run={"steps": 3, "batch": 16})

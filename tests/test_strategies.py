@@ -155,6 +155,7 @@ def test_statistics_of_a_trained_network_are_tracked(name):
     assert having(run, "freeze") == set()
 
 
+@pytest.mark.once
 def test_fixed_statistics_stay_and_tracked_ones_move():
     for name, moves in (("probe", False), ("full", True)):
         run = assemble(RESNET, IMAGES, name)
