@@ -56,7 +56,7 @@ test: .venv/.test .venv/.reference ## the tests
 	@$(BIN)/python -m pytest $(PYTEST_ARGS)
 
 test-plan: .venv/.test .venv/.plan ## the tests that compile for TPUs
-	@$(BIN)/python -m pytest -m "libtpu and not slow"
+	@$(BIN)/python -m pytest -m "libtpu and not slow" || [ $$? = 5 ]  # 5: all were left out
 
 test-slow: .venv/.test .venv/.reference .venv/.plan ## the tests longer than 20 seconds each
 	@$(ASSETS) $(GO_ON)
