@@ -1,5 +1,6 @@
 """Replay and classes: a fixed share of every batch, exact from any step, and whose labels count."""
 
+from dataclasses import replace
 from itertools import islice
 
 import numpy as np
@@ -12,7 +13,7 @@ from tljax.config import parse
 from tljax.data.loader import Loader
 from tljax.data.pipeline import open_pipeline
 from tljax.data.sources import Rows
-from tljax.inference import evaluate_run
+from tljax.inference import evaluate_run, open_finished, with_head_of
 from tljax.types import BadInput
 
 SPLITS = {"validation": 2}
@@ -129,6 +130,9 @@ def test_a_run_is_read_by_the_head_of_the_one_that_it_started_from(tmp_path, cap
     assert evaluate_run(kept, "test", str(first)) != result_of(first)["test"]  # its old head moved
     assert main(["eval", str(first), f"--data={second}"]) == 2
     assert "a run can only be read by the head of the one" in capsys.readouterr().err
+    other = replace(open_finished(second), facts=open_finished(second).facts | {"task": "mlm"})
+    with pytest.raises(BadInput, match="is of task classify, the run of mlm"):
+        with_head_of(other, first)
     lower = tmp_path / "lower"
     below = {"weights": str(first), "model": {"read": "blocks/0"}}
     train(lower, data=data, **below, strategy=chosen[:1], run=run)

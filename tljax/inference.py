@@ -24,6 +24,10 @@ from tljax.tree import join
 from tljax.types import BadInput, Batch, Tree
 
 
+PER_TOKEN = ("mlm", "tag")
+"""Tasks whose head reads every token."""
+
+
 @dataclass(frozen=True)
 class Finished:
     """A run as its folder tells it: everything a prediction needs; `reads` opens its inputs."""
@@ -78,6 +82,12 @@ def with_head_of(run: Finished, older: Path) -> Finished:
         raise BadInput(
             f"{older} has other labels, and the run started from {weights}: a run can only be read "
             "by the head of the one that it started from"
+        )
+    tasks = facts["task"], run.facts["task"]
+    if len({task if task in PER_TOKEN else "pooled" for task in tasks}) > 1:
+        raise BadInput(
+            f"{older} is of task {tasks[0]}, the run of {tasks[1]}: a head of single tokens and one "
+            "of what is pooled cannot read for each other"
         )
     require_same_body(facts["name"], run.facts["fields"], facts["fields"], str(older))
     tree = {k: v for k, v in join(run.tree.get("ema"), run.tree).items() if k != "ema"}

@@ -190,9 +190,11 @@ def plot(trials: Sequence[Trial], title: str, path: Path) -> None:
     figure = Figure(figsize=(4 * len(reads), 4), layout="constrained")
     shown = [next(iter(trial.scores.values())) for trial in trials]
     values = np.array(shown).reshape(len(reads), len(rates), -1)
+    finite = values[np.isfinite(values)]
+    least, most = (finite.min(), finite.max()) if finite.size else (None, None)
     panels = figure.subplots(1, len(reads), squeeze=False)[0]
     for panel, read, cells in zip(panels, reads, values, strict=True):
-        image = panel.imshow(cells, vmin=np.nanmin(values), vmax=np.nanmax(values), aspect="auto")
+        image = panel.imshow(cells, vmin=least, vmax=most, aspect="auto")
         panel.set(title=read or "", xlabel="decay", ylabel="lr")
         panel.set_xticks(range(len(decays)), [f"{x:g}" for x in decays])
         panel.set_yticks(range(len(rates)), [f"{x:g}" for x in rates])
