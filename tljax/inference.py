@@ -23,7 +23,6 @@ from tljax.source import RECORD, plain, read_record, require_same_body
 from tljax.tree import join
 from tljax.types import BadInput, Batch, Tree
 
-
 PER_TOKEN = ("mlm", "tag")
 """Tasks whose head reads every token."""
 
@@ -86,8 +85,8 @@ def with_head_of(run: Finished, older: Path) -> Finished:
     tasks = facts["task"], run.facts["task"]
     if len({task if task in PER_TOKEN else "pooled" for task in tasks}) > 1:
         raise BadInput(
-            f"{older} is of task {tasks[0]}, the run of {tasks[1]}: a head of single tokens and one "
-            "of what is pooled cannot read for each other"
+            f"{older} is of task {tasks[0]}, the run of {tasks[1]}: a head of single tokens and "
+            "one of what is pooled cannot read for each other"
         )
     require_same_body(facts["name"], run.facts["fields"], facts["fields"], str(older))
     tree = {k: v for k, v in join(run.tree.get("ema"), run.tree).items() if k != "ema"}
