@@ -4,6 +4,7 @@ Only shapes are computed here; nothing is loaded, placed or compiled.
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -12,16 +13,7 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
-from tljax import features, objectives, optim, sharding
-from tljax.state import (
-    Roles,
-    State,
-    apply_edits,
-    assign_roles,
-    keep_beside,
-    make_birth,
-    optimizer_specs,
-)
+from tljax import features, objectives, optim, sharding, state
 from tljax.step import Shardings, make_step
 from tljax.strategies import Average, Start, Strategy, make
 from tljax.tree import flatten, matches, split
@@ -34,43 +26,32 @@ class Settled(NamedTuple):
     strategy: Strategy
     edits: tuple[Edit, ...]
     tree: Tree
-    roles: Roles
+    roles: state.Roles
     objective: Objective
 
 
-class Assembled(NamedTuple):
+@dataclass(frozen=True)
+class Assembled:
     """All of a run but its data; `birth(key)` gives (state, frozen), shaped like `abstract`."""
 
     strategy: Strategy
     tree: Tree
-    roles: Roles
+    roles: state.Roles
     specs: Tree
     shardings: Shardings
-    birth: Callable[[Key], tuple[State, Tree]]
-    abstract: tuple[State, Tree]
+    birth: Callable[[Key], tuple[state.State, Tree]]
+    abstract: tuple[state.State, Tree]
     objective: Objective
     step: jax.stages.Wrapped
 
 
 def assemble(
-    model: nn.Module,
-    batch: Batch,
-    chosen: Sequence[tuple[str, Mapping[str, Any]]],
-    *,
-    mesh: sharding.Mesh,
-    optimizer: Mapping[str, Any],
-    task: str = "classify",
-    source: Sequence[Edit] = (),
-    last: Sequence[Edit] = (),
-    start: Start | None = None,
-    user: Rules = (),
-    specs: Rules = (),
-    terms: Sequence[Objective] = (),
-    ema: float | None = None,
-    microbatches: int = 1,
-    dtype: Any = jnp.float32,
-    seed: int = 0,
-) -> Assembled:
+    model: nn.Module, batch: Batch, chosen: Sequence[tuple[str, Mapping[str, Any]]], *,
+    mesh: sharding.Mesh, optimizer: Mapping[str, Any], task: str = "classify",
+    source: Sequence[Edit] = (), last: Sequence[Edit] = (), start: Start | None = None,
+    user: Rules = (), specs: Rules = (), terms: Sequence[Objective] = (), ema: float | None = None,
+    microbatches: int = 1, dtype: Any = jnp.float32, seed: int = 0,
+) -> Assembled:  # fmt: skip
     """Apply named strategies with their options to a model, and make its birth and its step.
 
     batch: gives shapes alone.  optimizer: what `optim.make_tx` takes, without groups.  source:
@@ -83,16 +64,16 @@ def assemble(
     tree = jax.eval_shape(init, key)
     strategy = make(tree, getattr(model, "read", None), chosen, start)
     edits = (*(source if strategy.loads else ()), *strategy.edits, *last)
-    tree = jax.eval_shape(partial(apply_edits, edits), tree, key)
+    tree = jax.eval_shape(partial(state.apply_edits, edits), tree, key)
     own = objectives.make_objective(task, model, strategy.readings)
     objective = sharding.under(mesh, objectives.add(own, *strategy.terms, *terms))
-    roles = assign_roles(tree, user, strategy.roles, objective, batch, key)
+    roles = state.assign_roles(tree, user, strategy.roles, objective, batch, key)
     settled = keep(Settled(strategy, edits, tree, roles, objective), ema, microbatches, key)
     trainable = split(settled.tree, settled.roles.tree).train
     moving = flatten(trainable)  # a user's role may have frozen what a group of the strategy names
     groups = [rule for rule in strategy.groups if any(matches(rule[0], path) for path in moving)]
     tx = optim.make_tx(trainable, **(dict(optimizer) | {"groups": groups}))
-    birth = make_birth(init, settled.roles.tree, tx, dtype)
+    birth = state.make_birth(init, settled.roles.tree, tx, dtype)
     return finish(settled, birth, tx, batch, mesh, specs, microbatches, seed)
 
 
@@ -102,24 +83,18 @@ def keep(settled: Settled, ema: float | None, microbatches: int, key: Key) -> Se
     trained = tuple(path for path, role in flatten(roles.tree).items() if role == "train")
     if strategy.anchor:
         edits = (*edits, strategy.anchor(trained))
-        tree, roles = keep_beside(tree, roles, edits[-1], "freeze", key)
+        tree, roles = state.keep_beside(tree, roles, edits[-1], "freeze", key)
     if ema:
         edits = (*edits, Average(trained))
-        tree, roles = keep_beside(tree, roles, edits[-1], "track", key)
+        tree, roles = state.keep_beside(tree, roles, edits[-1], "track", key)
         objective = objectives.average(objective, ema ** (1 / microbatches))
     return Settled(strategy, edits, tree, roles, objective)
 
 
 def finish(
-    settled: Settled,
-    birth: Callable[[Sequence[Edit], Key], tuple[State, Tree]],
-    tx: optax.GradientTransformation,
-    batch: Batch,
-    mesh: sharding.Mesh,
-    rules: Rules,
-    microbatches: int,
-    seed: int,
-) -> Assembled:
+    settled: Settled, birth: Callable[..., Any], tx: optax.GradientTransformation, batch: Batch,
+    mesh: sharding.Mesh, rules: Rules, microbatches: int, seed: int,
+) -> Assembled:  # fmt: skip
     """Give every leaf its place, and jit birth and step with these."""
     strategy, edits, tree, roles, objective = settled
     abstract = jax.eval_shape(birth, edits, jax.random.key(seed))
@@ -146,13 +121,13 @@ def init_model(model: nn.Module, batch: Any, key: jax.Array) -> Tree:
 
 
 def make_shardings(
-    mesh: sharding.Mesh, specs: Tree, roles: Tree, tx: Any, state: State
+    mesh: sharding.Mesh, specs: Tree, roles: Tree, tx: Any, born: state.State
 ) -> Shardings:
     """Give state, frozen tree, batch and scalars their places; optimizer leaves follow theirs."""
     scalar = sharding.on(mesh, sharding.REPLICATED)
     parts = split(sharding.on(mesh, specs), roles)
-    opt = optimizer_specs(tx, state.opt, parts.train, scalar)
-    placed = State(scalar, parts.train, parts.track, opt)
+    opt = state.optimizer_specs(tx, born.opt, parts.train, scalar)
+    placed = state.State(scalar, parts.train, parts.track, opt)
     return Shardings(placed, parts.freeze, sharding.on(mesh, sharding.BATCH), scalar)
 
 

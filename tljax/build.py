@@ -28,11 +28,10 @@ from tljax.fisher import read_fisher
 from tljax.layers import choose, pair
 from tljax.models import MODELS, ViT
 from tljax.source import merged, open_source, require_same_body
-from tljax.state import Roles, State
-from tljax.step import Shardings
+from tljax.state import Roles
 from tljax.strategies import STRATEGIES, Start
 from tljax.tree import flatten, nearest, split
-from tljax.types import BadInput, Edit, Key, Rules, Tree
+from tljax.types import BadInput, Edit, Rules, Tree
 from tljax.weights import Source
 
 DECIDED = {"parent", "name", "dtype", "remat", "num_classes", "mlm", "tokens"}
@@ -148,20 +147,13 @@ def precision(config: Config) -> Any:
 
 
 @dataclass(frozen=True)
-class Experiment:
+class Experiment(Assembled):
     """Everything a run needs, decided and checked; nothing is compiled yet."""
 
     config: Config
     facts: dict[str, Any]
     data: Pipeline
     mesh: sharding.Mesh
-    tree: Tree
-    roles: Roles
-    specs: Tree
-    shardings: Shardings
-    birth: Callable[[Key], tuple[State, Tree]]
-    abstract: tuple[State, Tree]
-    step: jax.stages.Wrapped
     predict: Callable[[Tree, Any], dict[str, jax.Array]]
     report: Report | None
     digest: str
@@ -299,17 +291,11 @@ def build(
     predict = sharding.under(mesh, objectives.make_predict(pipeline.task, model))
     cut, how = find_features(config, pipeline, mesh, model, made, predict)
     return Experiment(
+        **vars(made),
         config=config,
         facts=facts,
         data=pipeline,
         mesh=mesh,
-        tree=made.tree,
-        roles=made.roles,
-        specs=made.specs,
-        shardings=made.shardings,
-        birth=made.birth,
-        abstract=made.abstract,
-        step=made.step,
         predict=jax.jit(features.filled(predict, batch), out_shardings=made.shardings.scalar),
         report=report if loads else None,
         digest=source.digest() if source else "",

@@ -186,12 +186,9 @@ class Table(NamedTuple):
 
 
 def compute(
-    values: Callable[[Batch], Columns],
-    pipeline: Pipeline,
-    put: Put,
-    made_of: Callable[[], Any],
+    values: Callable[[Batch], Columns], pipeline: Pipeline, put: Put, made_of: Callable[[], Any],
     mesh: sharding.Mesh,
-) -> Table:
+) -> Table:  # fmt: skip
     """Send every part through `values` (a batch -> columns of its rows) once, in order.
 
     What passed the cut stays on the devices if it fits there, else it is in memory, else in files
@@ -313,8 +310,8 @@ def fill(
     with tqdm(total=total, desc="features", file=sys.stdout, disable=quiet) as bar:
         # A batch is fetched after the next one is dispatched: the device never waits.
         for number, columns in enumerate(prefetch_to_device(computed(), lambda columns: columns)):
-            new = {name: columns.pop(name) for name in spread}
-            spread = write(spread, new, np.int32(number)) if spread else {}
+            if new := {name: columns.pop(name) for name in spread}:
+                spread = write(spread, new, np.int32(number))
             host = multihost_utils.process_allgather(columns, tiled=True)
             valid = host.pop("valid")
             for name, column in host.items():

@@ -47,11 +47,10 @@ def open_finished(workdir: Path) -> Finished:
         mesh, rules = sharding.make_mesh(**config.mesh.model_dump()), config.specs
     except BadInput:  # other devices than the run's: data parallel
         mesh, rules = sharding.make_mesh(), ()
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
     reads = {
         "preprocess": facts["preprocess"],
         "tokenizer": facts["tokenizer"],
-        "batch": -(-config.run.batch // ways) * ways,
+        "batch": -(-config.run.batch // sharding.ways(mesh)) * sharding.ways(mesh),
         "threads": config.run.threads,
     }
     tree = read_tree(workdir)

@@ -384,10 +384,10 @@ def lora(
     below = tuple(f"{path}/" for path in biased)
     trained += [path for path in present if path.startswith(below)] if below else []
     kinds = kinds_of(tree)
-    if (use_dora or dropout) and "standardised conv" in (mine := [kinds[path] for path in paths]):
-        path = paths[mine.index("standardised conv")]
+    standardised = [path for path in paths if kinds[path] == "standardised conv"]
+    if standardised and (use_dora or dropout):
         raise BadInput(
-            f"{path} is a standardised conv layer, whose factors fold into the kernel before that: "
+            f"{standardised[0]} is a standardised conv layer, whose factors fold into the kernel before that: "
             "it takes LoRA without use_dora and dropout"
         )
     # Of an embedding's factors it is a that starts at zero; as in PEFT neither is faster.
@@ -418,13 +418,8 @@ def vera(
     edit = low_rank.GraftVectors(made, dropout, start)
     trained = [f"{path}/lora/{name}" for path in paths for name in ("inner", "outer")]
     still = ("a", "b", *low_rank.constants(1.0, dropout))
-    return with_head(
-        tree,
-        head_rate,
-        trained,
-        [edit],
-        [f"{path}/lora/{name}" for path in paths for name in still],
-    )
+    constants = [f"{path}/lora/{name}" for path in paths for name in still]
+    return with_head(tree, head_rate, trained, [edit], constants)
 
 
 def ia3(
