@@ -18,6 +18,7 @@ from tljax.types import BadInput
 
 # Right float32 code sits near 1e-6 of the largest value; a tanh GELU is 1.2e-4 away.
 OUTPUTS, GRADIENTS = 2e-5, 2e-4
+pytestmark = pytest.mark.once
 
 IMAGE = {"width": 16, "depth": 2, "heads": 2, "mlp": 32, "patch": 4, "grid": (4, 4)}
 TEXT = {"vocab": 50, "width": 16, "depth": 2, "heads": 2, "mlp": 32, "positions": 24}

@@ -19,7 +19,10 @@ from tljax.weights import open_weights
 from tljax.weights.peft import base_of, graft_adapter, read_adapter, to_peft
 
 # PEFT itself reads an attribute that transformers has deprecated, whatever the adapter.
-pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning"),
+    pytest.mark.once,
+]
 MODELS = {"vit": ViT, "bert": Bert, "clip_text": ClipText}
 CLOSE = 2e-5  # as in test_weights.py
 ENCODER = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}

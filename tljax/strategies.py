@@ -387,8 +387,8 @@ def lora(
     standardised = [path for path in paths if kinds[path] == "standardised conv"]
     if standardised and (use_dora or dropout):
         raise BadInput(
-            f"{standardised[0]} is a standardised conv layer, whose factors fold into the kernel before that: "
-            "it takes LoRA without use_dora and dropout"
+            f"{standardised[0]} is a standardised conv layer, whose factors fold into the kernel "
+            "before that: it takes LoRA without use_dora and dropout"
         )
     # Of an embedding's factors it is a that starts at zero; as in PEFT neither is faster.
     faster_b = [path for path in paths if b_rate != 1.0 and kinds[path] != "embed"]
