@@ -34,7 +34,6 @@ from tljax.metrics import mean_interval
 from tljax.plan import compile_step
 from tljax.train import score
 
-DENSE = tuple(f"params/blocks/**/{name}" for name in demo.DENSE)
 RATES: dict[str, tuple[float, float]] = {  # the middle learning rate, and the head's multiple of it
     "probe": (1e-2, 1.0),
     "full": (5e-5, 100.0),
@@ -69,17 +68,17 @@ KINDS = {"image": "vit", "text": "bert"}
 
 def strategies(name: str) -> Parts:
     """Return a method's strategies as they are compared here: factors on every dense kernel."""
-    factors = {"lora": {"targets": DENSE}, "vera": {"targets": DENSE}}
-    first, *others = (part | factors.get(part["name"], {}) for part in METHODS[name])
-    _, head = RATES[name]
-    return (first | ({"head_rate": head} if head != 1.0 else {}), *others)
+    factors = {"lora": {"targets": demo.TARGETS}, "vera": {"targets": demo.TARGETS}}
+    return tuple(part | factors.get(part["name"], {}) for part in METHODS[name])
 
 
-def configure(job: str, chosen: Parts, steps: int, labels: int) -> Config:
+def configure(job: str, name: str, steps: int, labels: int) -> Config:
     base = demo.configure(JOBS[job], "probe", fast=False).model_dump()
     base["data"] |= {"labels": labels, "validation": 1000}
     base["run"] |= {"steps": steps}
-    return parse(base | {"strategy": chosen, "optim": base["optim"] | {"warmup": steps // 10}})
+    _, head_rate = RATES[name]
+    optim = base["optim"] | {"warmup": steps // 10, "head_rate": head_rate}
+    return parse(base | {"strategy": strategies(name), "optim": optim})
 
 
 def train(experiment: Experiment, compiled: Any, rate: float, seed: int) -> Any:
@@ -150,7 +149,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/accuracy"), help="JSON and PNG")
     given = parser.parse_args()
     names = given.methods or [name for name in methods_of(KINDS[given.job]) if name in RATES]
-    parts = open_parts(configure(given.job, strategies("probe"), given.steps, given.labels))
+    parts = open_parts(configure(given.job, "probe", given.steps, given.labels))
     rows: dict[str, dict[str, Any]] = {}
     given.out.mkdir(parents=True, exist_ok=True)
     title = f"{JOBS[given.job]}, {given.labels} labels, {given.steps} steps of {demo.BATCH}"
@@ -158,7 +157,7 @@ def main() -> None:
     for name in names:
         middle, _ = RATES[name]
         rates = [middle * 3.0 ** (i - (given.trials - 1) / 2) for i in range(given.trials)]
-        config = configure(given.job, strategies(name), given.steps, given.labels)
+        config = configure(given.job, name, given.steps, given.labels)
         rows[name] = measure(config, parts, rates, given.seeds)
         print(line(name, rows[name]), flush=True)
         (given.out / f"{given.job}.json").write_text(json.dumps(rows, indent=2))

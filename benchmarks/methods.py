@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from tljax.strategies import Start
+from tljax.strategies.strategy import Start
 from tljax.tree import flatten
 from tljax.types import Tree
 

@@ -142,10 +142,10 @@ def pretraining(run: Path, seeds: int) -> None:
             "run": {"steps": 200, "batch": 32},
         }
         base["data"] |= {"test": "test[:2000]"}
-        full = {"name": "full", "head_rate": 10.0}
+        tuned = base | {"optim": base["optim"] | {"head_rate": 10.0}}
         settings = {
             "random": (base | {"strategy": {"name": "scratch"}}, (3e-4, 1e-3)),
-            "pretrained": (base | {"strategy": full}, (1e-4, 3e-4)),
+            "pretrained": (tuned | {"strategy": {"name": "full"}}, (1e-4, 3e-4)),
         }
         compare(name, settings, seeds)
 

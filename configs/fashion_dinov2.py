@@ -8,35 +8,35 @@ Needs `make assets NAMES="vit fashion"`.  `make demo` measures these settings: s
 from ml_collections import ConfigDict
 
 DENSE = ("query", "key", "value", "out", "up", "down")
-LORA = {"name": "lora", "head_rate": 3.0, "targets": tuple(f"params/**/{name}" for name in DENSE)}
-CHOICES = {  # word -> peak learning rate, strategy; a new head learns at about 1e-2, as in a probe
-    "scratch": (1e-3, {"name": "scratch"}),
-    "probe": (3e-2, {"name": "probe"}),
-    "bitfit": (3e-3, {"name": "bitfit", "head_rate": 3.0}),
-    "last_k": (1e-4, {"name": "last_k", "head_rate": 100.0}),
-    "full": (3e-5, {"name": "full", "head_rate": 100.0}),
-    "lora": (1e-3, LORA),
+LORA = {"name": "lora", "targets": tuple(f"params/**/{name}" for name in DENSE)}
+CHOICES = {  # word -> peak learning rate, the head's multiple of it (about 1e-2 in all), strategy
+    "scratch": (1e-3, 1.0, {"name": "scratch"}),
+    "probe": (3e-2, 1.0, {"name": "probe"}),
+    "bitfit": (3e-3, 3.0, {"name": "bitfit"}),
+    "last_k": (1e-4, 100.0, {"name": "last_k"}),
+    "full": (3e-5, 100.0, {"name": "full"}),
+    "lora": (1e-3, 3.0, LORA),
     # The rates below are not tuned on these data.
-    "dora": (1e-3, LORA | {"use_dora": True}),
-    "qlora": (1e-3, (LORA, {"name": "quantize", "form": "nf4"})),
-    "lora_norm": (1e-3, (LORA, {"name": "norm"})),
-    "adapter": (2e-3, {"name": "adapter", "head_rate": 3.0}),
-    "ssf": (2e-3, {"name": "ssf", "head_rate": 3.0}),
-    "ia3": (1e-2, {"name": "ia3"}),
-    "vpt": (1e-2, {"name": "vpt"}),
+    "dora": (1e-3, 3.0, LORA | {"use_dora": True}),
+    "qlora": (1e-3, 3.0, (LORA, {"name": "quantize", "form": "nf4"})),
+    "lora_norm": (1e-3, 3.0, (LORA, {"name": "norm"})),
+    "adapter": (2e-3, 3.0, {"name": "adapter"}),
+    "ssf": (2e-3, 3.0, {"name": "ssf"}),
+    "ia3": (1e-2, 1.0, {"name": "ia3"}),
+    "vpt": (1e-2, 1.0, {"name": "vpt"}),
 }
 
 
 def get_config(word: str = "probe") -> ConfigDict:
     """Return the config of a word above, or of any other strategy by its defaults."""
-    lr, strategy = CHOICES.get(word, (1e-3, {"name": word}))
+    lr, head_rate, strategy = CHOICES.get(word, (1e-3, 1.0, {"name": word}))
     return ConfigDict(
         {
             "data": {"name": "fashion", "labels": 1000, "validation": 2000, "image_size": 98},
             "weights": "dinov2-vits14",
             "model": {"read": "blocks/5", "pool": "cls+mean"},
             "strategy": strategy,
-            "optim": {"lr": lr, "decay": 0.01, "warmup": 6},
+            "optim": {"lr": lr, "head_rate": head_rate, "decay": 0.01, "warmup": 6},
             "run": {"steps": 62, "batch": 16, "eval_every": 31},
         }
     )

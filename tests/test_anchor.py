@@ -24,7 +24,8 @@ from tljax import objectives
 from tljax.edits.load import Load
 from tljax.sharding import put_batch
 from tljax.source import require_same_body
-from tljax.strategies import Start, make
+from tljax.strategies import make
+from tljax.strategies.strategy import Start
 from tljax.tree import flatten, join, unflatten
 from tljax.types import BadInput
 

@@ -13,7 +13,7 @@ from tljax.assembly import Assembled, init_model
 from tljax.models.bert import Bert
 from tljax.models.resnet import ResNet
 from tljax.models.vit import ViT
-from tljax.strategies import Start
+from tljax.strategies.strategy import Start
 from tljax.tree import map_with_path
 
 VIT = ViT(width=32, depth=4, heads=2, mlp=64, patch=4, grid=(2, 2), layer_scale=0.5, num_classes=3)

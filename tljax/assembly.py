@@ -15,7 +15,8 @@ from flax import linen as nn
 
 from tljax import features, objectives, optim, sharding, state
 from tljax.step import Shardings, make_step
-from tljax.strategies import Average, Start, Strategy, make
+from tljax.strategies import make
+from tljax.strategies.strategy import Average, Start, Strategy, faster
 from tljax.tree import flatten, matches, split
 from tljax.types import Batch, Edit, Key, Objective, Rules, Tree
 
@@ -54,9 +55,10 @@ def assemble(
 ) -> Assembled:  # fmt: skip
     """Apply named strategies with their options to a model, and make its birth and its step.
 
-    batch: gives shapes alone.  optimizer: what `optim.make_tx` takes, without groups.  source:
-    edits before the strategy's, unless it loads nothing; last: edits after them.  start: what the
-    source is.  user: roles that come before the strategy's.  terms: of the loss, beside its own.
+    batch: gives shapes alone.  optimizer: what `optim.make_tx` takes, without groups; `head_rate`
+    beside it is the heads' multiple of the learning rate.  source: edits before the strategy's,
+    unless it loads nothing; last: edits after them.  start: what the source is.  user: roles that
+    come before the strategy's.  terms: of the loss, beside its own.
     Raises: BadInput for whatever does not fit the model's tree.
     """
     key = jax.random.key(seed)
@@ -70,9 +72,11 @@ def assemble(
     roles = state.assign_roles(tree, user, strategy.roles, objective, batch, key)
     settled = keep(Settled(strategy, edits, tree, roles, objective), ema, microbatches, key)
     trainable = split(settled.tree, settled.roles.tree).train
-    moving = flatten(trainable)  # a user's role may have frozen what a group of the strategy names
-    groups = [rule for rule in strategy.groups if any(matches(rule[0], path) for path in moving)]
-    tx = optim.make_tx(trainable, **(dict(optimizer) | {"groups": groups}))
+    moving = flatten(trainable)  # a user's role may have frozen what a group names
+    settings = dict(optimizer)
+    groups = (*faster(tree, settings.pop("head_rate", 1.0)), *strategy.groups)
+    live = [rule for rule in groups if any(matches(rule[0], path) for path in moving)]
+    tx = optim.make_tx(trainable, **settings, groups=live)
     birth = state.make_birth(init, settled.roles.tree, tx, dtype)
     return finish(settled, birth, tx, batch, mesh, specs, microbatches, seed)
 

@@ -29,7 +29,8 @@ from tljax.layers import choose, pair
 from tljax.models import MODELS, ViT
 from tljax.source import merged, open_source, require_same_body
 from tljax.state import Roles
-from tljax.strategies import STRATEGIES, Start
+from tljax.strategies import STRATEGIES
+from tljax.strategies.strategy import Start
 from tljax.tree import flatten, nearest, split
 from tljax.types import BadInput, Edit, Rules, Tree
 from tljax.weights import Source

@@ -96,6 +96,7 @@ class Optim(Section):
 
     name: Literal["adamw", "sgd", "lion"] = "adamw"
     lr: Annotated[float, Field(gt=0)] = 1e-3  # peak
+    head_rate: Annotated[float, Field(gt=0)] = 1.0  # the heads' multiple of it
     decay: Rate = 0.0  # decoupled weight decay, kernels and embeddings only
     clip: Annotated[float, Field(gt=0)] | None = 1.0  # global norm of the trainable gradients
     warmup: Count = 0  # steps

@@ -36,13 +36,10 @@ RATES = {
 
 These pairs, and the heads' rates below, were settled on 1,000 validation examples of each job.
 """
-DENSE = ("query", "key", "value", "out", "up", "down")
-OPTIONS: dict[str, dict[str, Any]] = {  # a new head learns at about 1e-2, as a probe does
-    "bitfit": {"head_rate": 3.0},
-    "lora": {"head_rate": 3.0, "targets": tuple(f"params/**/{name}" for name in DENSE)},
-    "last_k": {"head_rate": 100.0},
-    "full": {"head_rate": 100.0},
-}
+TARGETS = tuple(f"params/**/{name}" for name in ("query", "key", "value", "out", "up", "down"))
+OPTIONS = {"lora": {"targets": TARGETS}}
+HEAD_RATES = {"bitfit": 3.0, "lora": 3.0, "last_k": 100.0, "full": 100.0}
+"""Multiples of the learning rate: a new head learns at about 1e-2, as a probe does."""
 STEPS, TRIAL_STEPS, BATCH = 62, 16, 16  # an epoch of the 1,000 labels; the better trial goes on
 QUICK = ("probe",)  # strategies cheap enough for three seeds
 LONGEST = ("probe", "scratch", "full", "lora", "bitfit", "last_k")  # first, so that all end at once
@@ -78,7 +75,8 @@ def configure(title: str, strategy: str, fast: bool) -> Config:
     base, steps = (JOBS | FALLBACK)[title], 4 if fast else STEPS
     # The cost of every strategy is compared: off, for each step to compute all that it reads.
     run = {"steps": steps, "batch": BATCH, "features": "off"}
-    optim = {"decay": 0.01, "warmup": steps // 10}
+    head_rate = HEAD_RATES.get(strategy, 1.0)
+    optim = {"decay": 0.01, "warmup": steps // 10, "head_rate": head_rate}
     chosen = {"name": strategy} | OPTIONS.get(strategy, {})
     data = base["data"] | ({"test": "test[:256]", "validation": 64} if fast else {})
     return parse({**base, "data": data, "strategy": chosen, "run": run, "optim": optim})

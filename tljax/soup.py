@@ -5,7 +5,7 @@ import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -27,14 +27,6 @@ SOUP, PICTURE = "soup.json", "soup.png"
 Score = Callable[[Tree, str], dict[str, float]]
 
 
-class Mixture(NamedTuple):
-    """A weighted average of trees, and what its primary metric on validation is worth."""
-
-    weights: list[float]
-    tree: Tree
-    validation: float
-
-
 def weighted(trees: Sequence[Tree], weights: Sequence[float]) -> Tree:
     """Average trees of equal structure leaf by leaf, in float32.
 
@@ -50,35 +42,24 @@ def weighted(trees: Sequence[Tree], weights: Sequence[float]) -> Tree:
             if leaf.shape != other[path].shape:
                 shapes = f"{leaf.shape} in tree 1, {other[path].shape} in tree {number}"
                 raise BadInput(f"{path} is {shapes}: expected trees of equal structure")
-    shares = [np.float32(weight) for weight in weights]
-    return unflatten(
-        {
-            path: sum(
-                w * np.asarray(one[path], np.float32) for w, one in zip(shares, leaves, strict=True)
-            )
-            for path in first
-        }
-    )
+    shares = [(np.float32(w), one) for w, one in zip(weights, leaves, strict=True)]
+    mean = lambda path: sum(w * np.asarray(one[path], np.float32) for w, one in shares)  # noqa: E731
+    return unflatten({path: mean(path) for path in first})
 
 
-def uniform(trees: Sequence[Tree], members: Sequence[int]) -> tuple[list[float], Tree]:
-    """Average some of the trees equally."""
-    weights = [(number in members) / len(members) for number in range(len(trees))]
-    return weights, weighted([trees[m] for m in members], [1 / len(members)] * len(members))
-
-
-def greedy_soup(trees: Sequence[Tree], better: Callable[[Tree], float]) -> Mixture:
-    """Add trees from the best one on, each only if `better` does not drop.
+def greedy_soup(trees: Sequence[Tree], better: Callable[[Tree], float]) -> list[float]:
+    """Add trees from the best one on, each only if `better` does not drop; returns the weights.
 
     Source: Wortsman et al. 2022, arXiv 2203.05482, recipe 1.
     """
+    mean = lambda chosen: weighted([trees[n] for n in chosen], [1 / len(chosen)] * len(chosen))  # noqa: E731
     alone = [better(tree) for tree in trees]
     best, *rest = sorted(range(len(trees)), key=lambda number: -alone[number])
     members, reached = [best], alone[best]
     for number in rest:
-        if (found := better(uniform(trees, [*members, number])[1])) >= reached:
+        if (found := better(mean([*members, number]))) >= reached:
             members, reached = [*members, number], found
-    return Mixture(*uniform(trees, members), reached)
+    return [(number in members) / len(members) for number in range(len(trees))]
 
 
 def soup(
@@ -103,30 +84,27 @@ def soup(
     first = first_run(sources)
     trees = [source.tree for source in sources]
     weighted(trees, [1 / len(trees)] * len(trees))  # before any data are opened
-    run, curve = open_finished(first), []
+    run = open_finished(first)
     score = make_score(run)
     name = next(iter(json.loads((first / RESULT).read_text())["validation"]))
-    both = lambda tree: {split: score(tree, split) for split in ("validation", "test")}  # noqa: E731
-    result: dict[str, dict[str, float]] | None = None
+    value = lambda scores: worth(name, scores[name])  # noqa: E731
+    ways = [list(weights or [1 / len(trees)] * len(trees))]
     if alphas:
-        tried = []
-        for alpha, (shares, tree) in zip(alphas, line(trees, alphas), strict=True):
-            scores = both(tree)
-            curve.append({"alpha": alpha} | {split: x[name] for split, x in scores.items()})
-            mixture = Mixture(shares, tree, worth(name, scores["validation"][name]))
-            tried.append((mixture, scores))
-        chosen, result = max(tried, key=lambda one: one[0].validation)
+        ways = [[1 - alpha, alpha] for alpha in alphas]
     elif greedy:
-        better = lambda tree: worth(name, score(tree, "validation")[name])  # noqa: E731
-        chosen = greedy_soup(trees, better)
-    else:
-        shares = list(weights or [1 / len(trees)] * len(trees))
-        chosen = Mixture(shares, weighted(trees, shares), np.nan)
-    result = result or both(chosen.tree)
-    facts = {"runs": [str(run) for run in runs], "weights": chosen.weights}
+        ways = [greedy_soup(trees, lambda tree: value(score(tree, "validation")))]
+    averages = (weighted(trees, way) for way in ways)
+    results = [{split: score(a, split) for split in ("validation", "test")} for a in averages]
+    best = max(range(len(ways)), key=lambda number: value(results[number]["validation"]))
+    curve = [
+        {"alpha": alpha} | {split: scores[name] for split, scores in result.items()}
+        for alpha, result in zip(alphas or (), results, strict=bool(alphas))
+    ]
+    tree, result = weighted(trees, ways[best]), results[best]
+    facts = {"runs": [str(run) for run in runs], "weights": ways[best]}
     facts |= {"metric": name, "curve": curve}
     with whole(out) as place:
-        write_run(place, first, chosen.tree, result, facts, command)
+        write_run(place, first, tree, result, facts, command)
         if curve:
             plot(curve, name, place / PICTURE)
     return facts | result
@@ -158,12 +136,6 @@ def first_run(sources: Sequence[Source]) -> Path:
                 f"{found[0].origin} a {found[0].arch} with {found[0].labels}: expected the same"
             )
     return Path(found[0].origin)
-
-
-def line(trees: Sequence[Tree], alphas: Sequence[float]) -> Any:
-    """Yield the weights and the tree of every point between two trees."""
-    for alpha in alphas:
-        yield [1 - alpha, alpha], weighted(trees, (1 - alpha, alpha))
 
 
 def make_score(run: Finished) -> Score:

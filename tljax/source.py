@@ -163,5 +163,6 @@ def merged(source: Source) -> Source:
     """
     if not is_grafted(source.tree):
         return source
+    print(f"{source.origin}: what is grafted is folded into its kernels, in float32")
     tree = jax.device_get(merge(jax.tree.map(jnp.asarray, source.tree)))
     return replace(source, tree=tree, digest=partial(digest_of, tree))
