@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import scipy.special
+from flax import linen as nn
 from jax.sharding import PartitionSpec as P
 
 from tljax import layers
@@ -296,6 +297,19 @@ def test_convolution_on_a_cpu_equals_xla_with_gradients(size, stride, padding):
     for convolve in (layers.conv_on_cpu, layers.conv_as_matmul)[: 1 + apart]:
         for ours, theirs in zip(jax.jit(lambda by=convolve: both(by))(), expected, strict=True):
             near(ours, theirs, 1e-5)  # sums of up to 150 products, in another order
+
+
+@pytest.mark.parametrize("size", [(9, 12), (8, 7)])
+def test_a_maximum_on_a_cpu_equals_flax_with_gradients(size):
+    x, fill = normal(2, *size, 4), normal(2, *[(n - 1) // 2 for n in size], 4, seed=1)
+
+    def both(pool):
+        y, pull = jax.vjp(pool, x)
+        return y, *pull(fill)
+
+    expected = both(lambda x: nn.max_pool(x, (3, 3), (2, 2)))
+    for ours, theirs in zip(both(layers.max_pool), expected, strict=True):
+        near(ours, theirs, 1e-6)  # a pixel's gradient is a sum of up to four
 
 
 def test_conv_standardizes_every_filter():

@@ -435,7 +435,7 @@ def test_the_attentive_probe_trains_its_pooling():
         (
             "lora",
             {"rank_pattern": {"params/**/out": 2}},
-            r"rank_pattern 'params/\*\*/out' matches no target",
+            r"rank_pattern 'params/\*\*/out' matches nothing",
         ),
         (
             "lora",

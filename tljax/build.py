@@ -318,17 +318,11 @@ def find_features(
 ) -> tuple[features.Cut | None, str]:
     """Decide whether a frozen part of the model runs once, and say why."""
     parts, batch = split(made.tree, made.roles.tree), pipeline.example_batch
-    key = jax.random.key(config.seed)
-    passes = examples_seen(config, len(pipeline.splits.validation))
-    find = lambda: features.find_cut(model, made.objective, predict, parts, batch, key)  # noqa: E731
-    return features.decide(config.run.features, pipeline, mesh, passes, find)
-
-
-def examples_seen(config: Config, validation: int) -> int:
-    """Count the examples of a run's training and validation, each as often as it is read."""
-    run = config.run
+    key, run = jax.random.key(config.seed), config.run
     evaluations = 1 + ((run.steps - 1) // run.eval_every if run.eval_every else 0)
-    return run.steps * run.batch + evaluations * validation
+    seen = run.steps * run.batch + evaluations * len(pipeline.splits.validation)
+    find = lambda: features.find_cut(model, made.objective, predict, parts, batch, key)  # noqa: E731
+    return features.decide(run.features, pipeline, mesh, seen, find)
 
 
 def start_of(source: Source, report: Report, fields: Mapping[str, Any]) -> Start:

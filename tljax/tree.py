@@ -83,8 +83,8 @@ def nearest(name: str, candidates: Iterable[str], count: int = 3) -> str:
     return ", ".join(close or candidates[:count]) or "nothing"
 
 
-def require_live(rules: Rules, paths: Iterable[str]) -> None:
-    """Raise BadInput if a rule matches none of `paths`.
+def require_live(rules: Rules, paths: Iterable[str], what: str = "rule") -> None:
+    """Raise BadInput if a rule matches none of `paths`; `what` names it in the message.
 
     A dead rule is how a misspelt layer trains, or freezes, without anybody noticing.
     """
@@ -92,7 +92,7 @@ def require_live(rules: Rules, paths: Iterable[str]) -> None:
     for glob, _ in rules:
         if not any(matches(glob, path) for path in paths):
             raise BadInput(
-                f"rule {glob!r} matches nothing in the tree; nearest paths: {nearest(glob, paths)}"
+                f"{what} {glob!r} matches nothing; nearest paths: {nearest(glob, paths)}"
             )
 
 

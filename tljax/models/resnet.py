@@ -196,7 +196,7 @@ class ResNet(nn.Module):
             return x
         fill = layers.choose({"lowest": -jnp.inf, "zero": 0.0}, self.pool, "pool")
         x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=fill)
-        return nn.max_pool(x, (3, 3), (2, 2))
+        return layers.max_pool(x)
 
     def channels(self, stage: int) -> tuple[int, ...]:
         """Return the channels after each convolution of a stage's blocks.

@@ -13,7 +13,7 @@ from tljax.edits.targets import kernel_of, kinds_of, modules_of, targets_of
 from tljax.optim import Group
 from tljax.quantized import BLOCK
 from tljax.strategies.strategy import Globs, Strategy, blocks_read, chosen, in_blocks, with_head
-from tljax.tree import flatten, matches, nearest, subtrees
+from tljax.tree import flatten, matches, require_live, subtrees
 from tljax.types import BadInput, Tree
 
 
@@ -60,12 +60,8 @@ def lora(
     """
     paths = factors(tree, last_read, targets, "LoRA")
     ranks, alphas = rank_pattern or {}, alpha_pattern or {}
-    for name, pattern in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
-        for glob in pattern:
-            if not any(matches(glob, path) for path in paths):
-                raise BadInput(
-                    f"{name} {glob!r} matches no target; nearest: {nearest(glob, paths)}"
-                )
+    require_live(tuple(ranks.items()), paths, "rank_pattern")
+    require_live(tuple(alphas.items()), paths, "alpha_pattern")
 
     def target(path: str) -> low_rank.Target:
         own, top = by_pattern(path, ranks, rank), by_pattern(path, alphas, alpha)
@@ -75,9 +71,8 @@ def lora(
     learned = ("a", "b", *["magnitude"] * use_dora)
     trained = [f"{path}/lora/{name}" for path in paths for name in learned]
     biased = {"none": [], "all": ["params"], "lora_only": paths}[bias]
-    present = [path for path in flatten(tree) if path.endswith("/bias")]
     below = tuple(f"{path}/" for path in biased)
-    trained += [path for path in present if path.startswith(below)] if below else []
+    trained += [p for p in flatten(tree) if p.endswith("/bias") and p.startswith(below)]
     kinds = kinds_of(tree)
     standardised = [path for path in paths if kinds[path] == "standardised conv"]
     if standardised and (use_dora or dropout):
@@ -146,10 +141,9 @@ def ssf(tree: Tree, last_read: str | None, targets: Globs | None = None) -> Stra
 
     Source: Lian et al. 2022, arXiv 2210.08823.
     """
-    serves = ("dense", "conv", "norm")
-    nodes = subtrees(tree)
-    paths = chosen(tree, last_read, targets or ("params/**",), "SSF", serves)
-    paths = [path for path in paths if targets or "bias" in nodes[path]]
+    nodes, serves = subtrees(tree), ("dense", "conv", "norm")
+    found = chosen(tree, last_read, targets or ("params/**",), "SSF", serves)
+    paths = [path for path in found if targets or "bias" in nodes[path]]
     trained = [f"{path}/rescale/*" for path in paths]
     return with_head(tree, trained, [ScaleAndShift(tuple(paths))])
 

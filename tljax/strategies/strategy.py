@@ -82,9 +82,9 @@ def compose(tree: Tree, parts: Sequence[Strategy]) -> Strategy:
 
     Raises: BadInput if two of them anchor the weights.
     """
-    usual: Statistics = "frozen"
     parts = sorted(parts, key=lambda part: not part.policy)
-    statistics = next((part.statistics for part in parts if part.statistics), usual)
+    told = [part.statistics for part in parts if part.statistics]
+    statistics: Statistics = told[0] if told else "frozen"
     edits = [edit for part in parts for edit in part.copies]
     edits += [edit for part in parts for edit in part.edits]
     roles = [rule for part in parts for rule in part.roles]
