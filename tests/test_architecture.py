@@ -17,9 +17,9 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # From the bottom up; a module imports only what stands on lower lines, and its own folder.
 ORDER = [
-    {"types"},
+    {"preemption", "types"},
     {"tree", "quantized"},
-    {"ports"},
+    {"lock", "manifest", "ports"},
     {"card", "config", "layers", "optim", "sharding", "state"},
     {"edits", "models", "objectives", "step"},
     {"weights"},

@@ -19,7 +19,7 @@ from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file
 
 from tljax.checkpoint import Checkpoints, read_tree, write_json
-from tljax.state import State
+from tljax.state import first_state
 from tljax.tree import flatten, unflatten
 from tljax.types import BadInput
 
@@ -43,10 +43,10 @@ def make_tree(seed=0):
 def make_state(step=3, seed=0):
     tree = make_tree(seed)
     tx = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
-    state = State(jnp.int32(0), tree["train"], tree["track"], tx.init(tree["train"]))
+    state = first_state(tree["train"], tree["track"], tx.init(tree["train"]))
     grads = jax.tree.map(jnp.sin, state.params)
     _, opt = tx.update(grads, state.opt, state.params)
-    return State(jnp.int32(step), state.params, state.track, opt)
+    return state.replace(step=jnp.int32(step), opt=opt)
 
 
 def abstract(tree, sharding=HOME):
@@ -81,7 +81,7 @@ def test_state_comes_back_bitwise_with_its_holes_and_optimizer(run):
 
 def test_a_donated_state_is_saved_as_it_was(run):
     size = 1 << 20  # large enough that the background write is still under way
-    state = State(jnp.int32(0), {"w": jnp.arange(size, dtype=jnp.float32)}, None, None)
+    state = first_state({"w": jnp.arange(size, dtype=jnp.float32)}, None, None)
     expected = bits(state)
     template = abstract(state)
     run.save(0, state)
@@ -337,7 +337,7 @@ def make_sharded(sharding):
     weights = np.random.default_rng(0).normal(size=(16, 8)).astype(np.float32)
     frozen = {"params": {"body": jnp.asarray(weights, jnp.bfloat16), "head": None}}
     params = {"params": {"body": None, "head": jnp.asarray(weights)}}
-    state = State(jnp.arange(8), params, None, {"mu": params})
+    state = first_state(params, None, {"mu": params}).replace(step=jnp.arange(8))
     return jax.device_put((state, frozen), sharding)
 
 

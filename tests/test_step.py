@@ -10,7 +10,7 @@ from flax import linen as nn
 from tljax import optim
 from tljax.objectives import add, average, make_objective
 from tljax.sharding import BATCH, make_mesh, on
-from tljax.state import State, assign_roles, make_birth
+from tljax.state import assign_roles, make_birth
 from tljax.step import Shardings, make_step
 from tljax.tree import flatten, join, split
 from tljax.types import Aux, BadInput, Output, Term
@@ -159,7 +159,7 @@ def test_randomness_is_a_function_of_seed_and_step():
     copies = [jax.tree.map(jnp.copy, state) for _ in range(2)]
     (a, first), (b, second) = (step(copy, frozen, BATCH_OF_16) for copy in copies)
     assert jax.tree.all(jax.tree.map(np.array_equal, *jax.device_get((a, b))))
-    later = State(state.step + 1, state.params, state.track, state.opt)
+    later = state.replace(step=state.step + 1)
     _, third = step(later, frozen, BATCH_OF_16)
     assert float(first["loss"]) == float(second["loss"]) != float(third["loss"])
 

@@ -5,7 +5,10 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
+
+from tljax.preemption import AGAIN, Preempted, Signals
 
 EXAMPLES = """examples:
   tljax train --config=configs/digits.py --workdir=runs/digits
@@ -97,7 +100,7 @@ def overrides_of(rest: Sequence[str], verb: str, parser: argparse.ArgumentParser
     return found
 
 
-def run(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
+def run(arguments: argparse.Namespace, overrides: dict[str, str], signals: Signals) -> None:
     """Do what the verb says."""
     # Imported late, so that --help and a misspelt verb answer at once.
     from tljax import inference, plan, train
@@ -108,8 +111,8 @@ def run(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
         config = read_config(arguments.config, overrides)
         with precision(config):
             if arguments.verb == "train":
-                experiment = build(config)
-                print(to_json(train.train(experiment, arguments.workdir, arguments.command)))
+                told = arguments.workdir, arguments.command, signals
+                print(to_json(train.train(build(config), *told)))
             else:
                 place = arguments.topology
                 experiment = build(config, devices=plan.devices_of(place) if place else None)
@@ -156,7 +159,7 @@ def run(arguments: argparse.Namespace, overrides: dict[str, str]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns 0, or 2 for bad input."""
+    """Run the command line; returns 0, 85 (saved: run it again), 2 for bad input, 1 for failure."""
     parser = make_parser()
     arguments, rest = parser.parse_known_args(argv)
     overrides = overrides_of(rest, arguments.verb, parser)
@@ -164,15 +167,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     # A program that was compiled once starts at once; jax reads this when it is imported.
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache/tljax/jax"))
-    from tljax.types import BadInput
+    from tljax.types import BadInput, RunFailed
 
     try:
-        run(arguments, overrides)
-    except (BadInput, OSError) as error:  # an OSError names its file: no permission, disk full
+        with Signals() if arguments.verb == "train" else nullcontext(Signals()) as signals:
+            run(arguments, overrides, signals)
+    except (BadInput, OSError, RunFailed) as error:  # an OSError names its file: disk full, ..
         if arguments.debug:
             raise
         print(f"tljax: {error}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, BadInput | FileNotFoundError) else 1
+    except Preempted as error:
+        print(f"tljax: {error}: saved; the same command goes on", file=sys.stderr)
+        return AGAIN
     except KeyboardInterrupt:
         print("tljax: interrupted; a run goes on from its last save", file=sys.stderr)
         return 130

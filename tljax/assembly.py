@@ -131,7 +131,7 @@ def make_shardings(
     scalar = sharding.on(mesh, sharding.REPLICATED)
     parts = split(sharding.on(mesh, specs), roles)
     opt = state.optimizer_specs(tx, born.opt, parts.train, scalar)
-    placed = state.State(scalar, parts.train, parts.track, opt)
+    placed = state.State(scalar, parts.train, parts.track, opt, scalar, scalar, scalar)
     return Shardings(placed, parts.freeze, sharding.on(mesh, sharding.BATCH), scalar)
 
 

@@ -1,6 +1,7 @@
 """What a run keeps on disk, and the only place of orbax.
 
-run/checkpoints/<step>/              the state, by orbax: a temporary folder, renamed when complete
+run/checkpoints/<step>/              the state, by orbax, and last its manifest; then renamed
+run/checkpoints/damaged/<step>-<n>/  a step that was not what its manifest says, and why
 run/frozen/<digest>.safetensors      what never moves: written once, named by its content
 """
 
@@ -8,8 +9,10 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator
-from functools import partial
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -18,111 +21,215 @@ import numpy as np
 import orbax.checkpoint as ocp
 import safetensors.numpy
 from jax.experimental import multihost_utils
-from orbax.checkpoint.checkpoint_managers import LatestN
 
-from tljax.tree import flatten, join, nearest, unflatten
+from tljax import manifest
+from tljax.preemption import Preempted
+from tljax.tree import flatten, join, unflatten
 from tljax.types import BadInput, Tree
+
+DAMAGED, TEMPORARY = "damaged", ".orbax-checkpoint-tmp"
+FAILURES = (Preempted, PermissionError, MemoryError, jax.errors.JaxRuntimeError)
+"""What is no damage of a step that cannot be read."""
 
 
 class Checkpoints:
     """The saved steps of one run, and beside them its frozen tree.
 
-    The `keep` newest steps stay.  None opens the folder to read: nothing is created or cleaned.
+    The `keep` newest steps stay, and the `best` ones by their score.  None opens the folder to
+    read: nothing is created, cleaned or set aside.
     """
 
-    def __init__(self, folder: str | Path, keep: int | None = None):
-        self.folder = Path(folder).absolute()
-        if keep is None and not self.folder.is_dir():
-            raise BadInput(f"no checkpoints in {self.folder}: it does not exist")
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=LatestN(keep),
-            create=keep is not None,
-            cleanup_tmp_directories=keep is not None,
-        )
-        handlers = {"state": ocp.StandardCheckpointHandler()}
-        self._manager = ocp.CheckpointManager(
-            self.folder, item_handlers=handlers, item_names=("state",), options=options
-        )
+    def __init__(self, folder: str | Path, keep: int | None = None, best: int = 0):
+        self.folder, self._keep, self._best = Path(folder).absolute(), keep, best
         self._frozen: str | None = None
+        self._saving: dict[str, Any] = {}
+        if keep is None:
+            if not self.folder.is_dir():
+                raise BadInput(f"no checkpoints in {self.folder}: it does not exist")
+        elif jax.process_index() == 0:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for left in self.folder.glob(f"*{TEMPORARY}*"):
+                shutil.rmtree(left)
+
+    @cached_property
+    def _writer(self) -> ocp.AsyncCheckpointer:
+        options = ocp.options.AsyncOptions(post_finalization_callback=self._complete)
+        return ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler(), async_options=options)
 
     def steps(self) -> list[int]:
-        """List the complete steps, oldest first."""
-        return sorted(self._manager.all_steps())
+        """List the steps that are there, oldest first; whether they are whole, restoring says."""
+        names = [path.name for path in self.folder.iterdir() if path.is_dir()]
+        return sorted(int(name) for name in names if name.isdecimal())
 
     def latest(self) -> int | None:
-        """Return the newest complete step, None if there is none."""
+        """Return the newest step, None if there is none."""
         return max(self.steps(), default=None)
 
-    def save(self, step: int, state: Any) -> None:
+    def save(
+        self,
+        step: int,
+        state: Any,
+        score: float | None = None,
+        notes: Mapping[str, Any] | None = None,
+    ) -> None:
         """Write the state in the background; a step that is already saved stays as it is.
 
+        score: what the step is worth; the best ones are kept.  notes: go into the manifest.
         Raises: whatever made the last save fail.
         """
-        args = ocp.args.Composite(state=ocp.args.StandardSave(state))
-        self._manager.save(step, args=args, custom_metadata={"frozen": self._frozen})
+        self.wait()
+        if step in self.steps():
+            return
+        like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
+        told = {"step": step, "frozen": self._frozen, "score": score, "notes": dict(notes or {})}
+        self._saving = told | {"like": like, "hashes": manifest.hashes(state)}
+        self._writer.save(self.folder / str(step), args=ocp.args.StandardSave(state))
+
+    def _complete(self) -> None:
+        """Write the manifest, when the files of a step are there and before it is renamed."""
+        if jax.process_index() == 0:
+            told = dict(self._saving)
+            leaves = manifest.describe(told.pop("like"), jax.device_get(told.pop("hashes")))
+            [place] = self.folder.glob(f"{told['step']}{TEMPORARY}*")
+            manifest.write(place, told | {"leaves": leaves})
 
     def wait(self) -> None:
         """Block until the save in progress is complete; raises what made it fail."""
-        self._manager.wait_until_finished()
+        if self._saving:
+            try:
+                self._writer.wait_until_finished()
+            finally:
+                self._saving = {}
+            if jax.process_index() == 0:
+                manifest.sync(self.folder)
+                self._prune()
 
     def close(self) -> None:
         """Finish the save in progress and stop the threads behind it."""
-        with contextlib.closing(self._manager):
-            self.wait()
+        self.wait()
+        if "_writer" in self.__dict__:
+            self._writer.close()
+
+    def _prune(self) -> None:
+        """Remove what is neither among the newest steps nor among the best."""
+        steps = self.steps()
+        scores = {step: x for step in steps if (x := self.told(step).get("score")) is not None}
+        best = sorted(scores, key=lambda step: (scores[step], step))[len(scores) - self._best :]
+        for step in steps[: -(self._keep or len(steps))]:
+            if step not in best:
+                self.remove(step)
+
+    def remove(self, step: int) -> None:
+        """Remove a step; what a kill leaves of it is cleaned like an unfinished one."""
+        gone = (self.folder / str(step)).rename(self.folder / f"{step}{TEMPORARY}")
+        shutil.rmtree(gone)
+
+    def told(self, step: int) -> dict[str, Any]:
+        """Read what a step's manifest tells, {} if it cannot be read."""
+        try:
+            return dict(json.loads((self.folder / str(step) / manifest.NAME).read_text()))
+        except (OSError, ValueError):
+            return {}
 
     def restore(self, abstract: Any) -> Any:
-        """Read the newest state, bitwise as saved, onto the shardings of `abstract`.
+        """Read the newest whole state, bitwise as saved, onto the shardings of `abstract`.
 
-        Raises: BadInput for a step that is missing, damaged, of another structure, or trained on
-        another frozen tree than the one that was saved here.
+        A damaged step is said, set aside, and the one before it is read.
+        Raises: BadInput if none is whole, or for one of another structure, or trained on another
+        frozen tree than the one that was saved here.
         """
-        with self._reading() as (step, stored, digest):
-            if self._frozen not in (None, digest):
-                raise BadInput(f"it was trained on frozen tree {digest}, this is {self._frozen}")
-            _require_equal(stored, abstract)
-            args = ocp.args.Composite(state=ocp.args.StandardRestore(abstract))
-            return self._manager.restore(step, args=args)["state"]
+
+        def read(step: int, told: Mapping[str, Any]) -> Any:
+            if self._frozen not in (None, told["frozen"]):
+                raise BadInput(
+                    f"it was trained on frozen tree {told['frozen']}, this is {self._frozen}"
+                )
+            manifest.require_fit(told, abstract)
+            args = ocp.args.StandardRestore(abstract)
+            with contextlib.closing(ocp.Checkpointer(ocp.StandardCheckpointHandler())) as reader:
+                state = reader.restore(self.folder / str(step), args=args)
+            manifest.verify(told, state)
+            return state
+
+        return self._newest(read)
 
     def read(self) -> Tree:
-        """Read the newest model tree, frozen leaves included, as numpy arrays."""
-        with self._reading() as (step, stored, digest):
+        """Read the newest model tree, frozen leaves included, as numpy arrays.
+
+        Raises: BadInput if that step is damaged: another one is another model.
+        """
+
+        def read(step: int, told: Mapping[str, Any]) -> Tree:
+            path, handler = self.folder / str(step), ocp.PyTreeCheckpointHandler()
+            stored = handler.metadata(path).tree
             wanted = {name: stored[name] for name in ("params", "track")}
             kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
             args = ocp.args.PyTreeRestore(wanted, restore_args=kinds, partial_restore=True)
-            path = self.folder / str(step) / "state"
-            parts = ocp.PyTreeCheckpointHandler().restore(path, args=args)
+            parts = handler.restore(path, args=args)
+            manifest.verify(told, parts)
+            digest = told["frozen"]
             frozen = unflatten(_load_verified(self._frozen_file(digest))) if digest else {}
-        return unflatten(flatten(join(parts["params"], parts["track"], frozen)))
+            return unflatten(flatten(join(parts["params"], parts["track"], frozen)))
+
+        return self._newest(read)
+
+    def _newest(self, read: Callable[[int, Mapping[str, Any]], Any]) -> Any:
+        """Read the newest step; where it is damaged a writer sets it aside, and reads the next."""
+        self.wait()
+        if not (steps := self.steps()):
+            raise BadInput(f"no checkpoint in {self.folder}: nothing was saved yet")
+        reasons = []
+        for step in reversed(steps):
+            try:
+                return read(step, manifest.read(self.folder / str(step)))
+            except BadInput as error:
+                raise BadInput(f"checkpoint of step {step} in {self.folder}: {error}") from None
+            except FAILURES:
+                raise
+            except Exception as error:  # tensorstore raises bare ones with a page of text
+                reason = str(error).partition("\n")[0][:300] or type(error).__name__
+                reasons.append(f"checkpoint of step {step} in {self.folder}: {reason}")
+            if self._keep is None:
+                break
+            place = self.set_aside(step, reasons[-1])
+            print(f"{reasons[-1]}\nset aside as {place}", file=sys.stderr)
+        others = ", ".join(map(str, steps[:-1])) or "none"
+        advice = (
+            f"nothing was changed; move its folder away to use another step: {others}"
+            if self._keep is None
+            else "no step is whole, and a run never begins anew by itself: give another --workdir"
+        )
+        raise BadInput("\n".join([*reasons, advice]))
+
+    def set_aside(self, step: int, reason: str) -> Path:
+        """Rename a damaged step, and write why; returns its new folder."""
+        place = self.folder / DAMAGED
+        place.mkdir(exist_ok=True)
+        number = len(list(place.glob(f"{step}-*")))
+        moved = (self.folder / str(step)).rename(place / f"{step}-{number}")
+        write_text(place / f"{step}-{number}.txt", f"{reason}\n")
+        return moved
 
     def save_frozen(self, tree: Tree) -> str:
-        """Write the frozen leaves once, whole or not at all, and return their digest."""
+        """Write the frozen leaves once, whole or not at all, and return their digest.
+
+        Runs beside this one share the file by a hard link where they have it.
+        """
         leaves = multihost_utils.process_allgather(flatten(tree), tiled=True)
         content, self._frozen = safetensors.numpy.save(leaves), digest_of(leaves)
-        if not (path := self._frozen_file(self._frozen)).exists():
-            write_bytes(path, content)
+        path = self._frozen_file(self._frozen)
+        if jax.process_index() == 0 and not _holds(path):
+            if path.exists():
+                print(f"{path} is damaged: written again", file=sys.stderr)
+            twins = self.folder.parent.parent.glob(f"*/frozen/{path.name}")
+            twin = next((one for one in twins if _holds(one)), None)
+            if not (twin and _linked(twin, path)):
+                write_bytes(path, content)
         multihost_utils.sync_global_devices("frozen tree saved")
         return self._frozen
 
     def _frozen_file(self, digest: str) -> Path:
         return self.folder.parent / "frozen" / f"{digest}.safetensors"
-
-    @contextlib.contextmanager
-    def _reading(self) -> Iterator[tuple[int, Tree, str | None]]:
-        """Find the newest step, its structure and frozen digest; name any damage."""
-        self.wait()
-        step = self.latest()
-        if step is None:
-            raise BadInput(f"no checkpoint in {self.folder}: nothing was saved yet")
-        others = ", ".join(str(other) for other in self.steps() if other != step) or "none"
-        try:
-            metadata = self._manager.metadata(step)
-            yield step, metadata.item_metadata["state"].tree, metadata.custom_metadata["frozen"]
-        except Exception as error:  # tensorstore raises a bare Exception with a page of text
-            reason = str(error).partition("\n")[0][:300]
-            raise BadInput(
-                f"checkpoint of step {step} in {self.folder}: {reason}\n"
-                f"nothing was changed; move its folder away to use another step: {others}"
-            ) from error
 
 
 def digest_of(tree: Tree) -> str:
@@ -163,29 +270,31 @@ def write_bytes(path: Path, content: bytes) -> None:
         os.replace(temporary, path)
 
 
-def _require_equal(stored: Tree, wanted: Any) -> None:
-    """Compare leaf by leaf: orbax alone would cast a leaf of another dtype in silence."""
+def _holds(path: Path) -> bool:
+    """Tell whether a file's content is what it is named by."""
+    if not path.exists():
+        return False
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:32] == path.stem
 
-    def kinds(tree: Any) -> dict[str, str]:
-        leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-        name = partial(jax.tree_util.keystr, simple=True, separator="/")
-        return {name(path): f"{np.dtype(leaf.dtype)}{list(leaf.shape)}" for path, leaf in leaves}
 
-    have, want = kinds(stored), kinds(wanted)
-    for name in sorted(want.keys() | have.keys()):
-        if want.get(name) != have.get(name):
-            raise BadInput(
-                f"does not fit this run: {name} is {have.get(name, 'absent')} on disk and"
-                f" {want.get(name, 'absent')} here; nearest on disk: {nearest(name, have)}"
-            )
+def _linked(twin: Path, path: Path) -> bool:
+    """Link a file to another run's, if the file system can; tell whether it could."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f"{path.name}.tmp")
+        temporary.unlink(missing_ok=True)
+        os.link(twin, temporary)
+        os.replace(temporary, path)
+    except OSError:
+        return False
+    return True
 
 
 def _load_verified(path: Path) -> dict[str, np.ndarray]:
     if not path.exists():
         there = sorted(file.name for file in path.parent.glob("*.safetensors"))
         raise BadInput(f"no frozen tree {path}; its folder holds: {there}")
-    with open(path, "rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()[:32]
-    if found != path.stem:
+    if not _holds(path):
         raise BadInput(f"frozen tree {path} is damaged: its content is not what it is named by")
     return safetensors.numpy.load_file(path)

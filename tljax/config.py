@@ -116,7 +116,11 @@ class Run(Section):
     log_every: Positive = 20  # steps
     eval_every: Positive | None = None  # steps; None: at the end only
     save_every: Positive | None = None  # steps; None: at the end only
-    keep: Positive = 2  # checkpoints
+    keep: Positive = 2  # newest checkpoints
+    keep_best: Count = 0  # checkpoints beside them, of the best validation at a save
+    max_skipped: Positive = 20  # steps in a row whose loss or gradient is not finite; then it stops
+    spike: Annotated[float, Field(gt=1)] | None = None  # an interval's loss over the median of the
+    # five before it: from there on a run goes back to its last good save, and skips the batches
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None  # decay of an average that evaluates
     remat: bool = False  # each block runs again in the backward pass: less memory, 1/3 more FLOPs
     threads: Count = 4  # of the data loader

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from clu import parameter_overview
 from clu.metrics import Average
@@ -26,11 +27,12 @@ Rows = Mapping[str, np.ndarray]
 mlm the sums over an example's masked tokens loss (nats), correct and count."""
 
 
+@jax.jit
 def accumulate(
-    running: dict[str, Average] | None, values: Mapping[str, jax.Array]
+    running: dict[str, Average] | None, values: Mapping[str, jax.Array], good: jax.Array
 ) -> dict[str, Average]:
-    """Add one step's scalars to running averages without waiting for the device."""
-    new = {name: Average(value, 1) for name, value in values.items()}
+    """Add one step's scalars, if it was good, to running averages; the device is not waited for."""
+    new = {name: Average(jnp.where(good, x, 0), good * 1) for name, x in values.items()}
     return {name: running[name].merge(new[name]) for name in new} if running else new
 
 

@@ -1,6 +1,7 @@
 """Birth of a run: edits, roles, parts, and a state that is born sharded."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
@@ -14,12 +15,32 @@ from tljax.types import BadInput, Batch, Edit, Key, Objective, Role, Rules, Tree
 
 @struct.dataclass
 class State:
-    """Everything a step changes, and everything a checkpoint holds."""
+    """Everything a step changes, and everything a checkpoint holds.
+
+    skipped: the steps whose loss or gradient was not finite, which moved nothing; in_a_row: of
+    them, those since the last that did.  data_offset: the batch is that of step + data_offset.
+    """
 
     step: jax.Array
     params: Tree
     track: Tree
     opt: Any
+    skipped: jax.Array
+    in_a_row: jax.Array
+    data_offset: jax.Array
+
+    def next(self, params: Tree, track: Tree, opt: Any, good: jax.Array) -> "State":
+        """Return the state after a step; if that was not good, its results are thrown away."""
+        new, old = (params, track, opt), (self.params, self.track, self.opt)
+        params, track, opt = jax.tree.map(lambda new, old: jnp.where(good, new, old), new, old)
+        counts = {"skipped": self.skipped + ~good, "in_a_row": (self.in_a_row + 1) * ~good}
+        return replace(self, step=self.step + 1, params=params, track=track, opt=opt, **counts)
+
+
+def first_state(params: Tree, track: Tree, opt: Any) -> State:
+    """Return the state before the first step."""
+    step, skipped, row, offset = (jnp.zeros((), jnp.int32) for _ in range(4))
+    return State(step, params, track, opt, skipped, row, offset)
 
 
 class Roles(NamedTuple):
@@ -104,7 +125,7 @@ def make_birth(
     def birth(edits: Sequence[Edit], key: Key) -> tuple[State, Tree]:
         init_key, edit_key = jax.random.split(key)
         parts = split(apply_edits(edits, init(init_key), edit_key), roles)
-        state = State(jnp.zeros((), jnp.int32), parts.train, parts.track, tx.init(parts.train))
+        state = first_state(parts.train, parts.track, tx.init(parts.train))
         return state, to_compute_dtype(parts.freeze, dtype)
 
     return birth

@@ -27,7 +27,8 @@ def make_step(
     """Build `step(state, frozen, batch) -> (state, metrics)`, jitted; the state is donated.
 
     Only `state.params` is differentiated.  Randomness is `fold_in(seed, step)`, so a restart is
-    exact.  Microbatches give the whole batch's gradient: counts are summed before the scan.
+    exact.  Microbatches give the whole batch's gradient: counts are summed before the scan.  Where
+    loss or gradient norm is not finite nothing moves but the counters.
     """
 
     def step(state: State, frozen: Tree, batch: Batch) -> tuple[State, dict[str, jax.Array]]:
@@ -66,8 +67,9 @@ def make_step(
         metrics = {name: jnp.sum(value) for name, value in losses.items()}
         metrics |= {k: jnp.sum(s) / jnp.maximum(jnp.sum(n), 1) for k, (s, n) in sums.items()}
         metrics["grad_norm"] = optax.tree.norm(grads)
-        params = optax.apply_updates(state.params, updates)
-        return State(state.step + 1, params, track, opt), metrics
+        good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(metrics["grad_norm"])
+        after = state.next(optax.apply_updates(state.params, updates), track, opt, good)
+        return after, metrics | {"in_a_row": after.in_a_row}
 
     return jax.jit(
         step,

@@ -5,7 +5,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, closing
+from contextlib import AbstractContextManager, ExitStack, closing, nullcontext, suppress
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
@@ -14,27 +14,38 @@ from typing import Any
 
 import jax
 import numpy as np
+from clu.metrics import Average
 from jax.experimental import multihost_utils
 
 from tljax import features
 from tljax.build import Experiment
 from tljax.checkpoint import Checkpoints, digest_of, write_json, write_text
+from tljax.config import Run
 from tljax.data.loader import prefetch_to_device
 from tljax.data.sources import identity
 from tljax.evaluate import evaluate
 from tljax.layers import last_block
-from tljax.metrics import Logger, accumulate, averages, parameter_table, role_counts
+from tljax.lock import locked
+from tljax.metrics import Logger, accumulate, averages, parameter_table, role_counts, worth
 from tljax.objectives import passing
 from tljax.plan import compile_step, cost_of, describe
+from tljax.preemption import Preempted, Signals
 from tljax.sharding import under
 from tljax.source import RECORD, RESULT, read_record
 from tljax.state import State
 from tljax.tree import flatten, join, unflatten
-from tljax.types import BadInput, Batch, Tree
+from tljax.types import BadInput, Batch, RunFailed, Tree
 
 PACKAGES = ("tljax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-METRICS, TABLES = "metrics.jsonl", "tables.txt"
-FREE = ("run/threads", "run/keep", "run/log_every")  # a run may go on with others: no bit changes
+METRICS, TABLES, SKIPPED = "metrics.jsonl", "tables.txt", "skipped.json"
+JUDGED, REWINDS = 5, 5  # intervals whose median a loss is compared with; returns of a run at most
+FREE = (
+    "run/threads",
+    "run/keep",
+    "run/keep_best",
+    "run/log_every",
+    "run/max_skipped",
+)  # a run may go on with others: no bit changes
 
 
 def tables(experiment: Experiment) -> str:
@@ -55,7 +66,7 @@ def summary(experiment: Experiment) -> str:
 
 
 def begin(experiment: Experiment, checkpoints: Checkpoints) -> tuple[State, Tree]:
-    """Go on from the run's own newest checkpoint, else be born (from weights or at random).
+    """Go on from the run's own newest whole checkpoint, else be born (from weights or at random).
 
     The frozen tree is rebuilt from its sources and must have the digest the run was saved with.
     """
@@ -144,17 +155,24 @@ def made_of(experiment: Experiment, tree: Tree) -> dict[str, Any]:
 
 
 def advance(
-    experiment: Experiment, compiled: Callable[..., Any], born: tuple[State, Tree], start: int = 0
+    experiment: Experiment,
+    compiled: Callable[..., Any],
+    born: tuple[State, Tree],
+    interruptible: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Iterator[tuple[int, State, dict[str, jax.Array]]]:
     """Yield (step, state, metrics) after every step; nothing waits for the device.
 
     The state is donated to the following step: keep what you need of it before asking for more.
+    interruptible: what to wait for data in.
     """
     state, frozen = born
-    host = experiment.data.train_batches(start)
+    start, offset = (int(np.max(jax.device_get(x))) for x in (state.step, state.data_offset))
+    host = experiment.data.train_batches(start + offset)
     batches = prefetch_to_device(host, experiment.put)
     for step in range(start + 1, experiment.config.run.steps + 1):
-        state, metrics = compiled(state, frozen, next(batches))
+        with interruptible():
+            batch = next(batches)
+        state, metrics = compiled(state, frozen, batch)
         yield step, state, metrics
 
 
@@ -165,73 +183,197 @@ def score(experiment: Experiment, tree: Tree, split: str) -> dict[str, float]:
     return evaluate(experiment.predict, (tree,), put, experiment.data.task, names)
 
 
+class Spiked(Exception):
+    """The loss of an interval is far above those before it."""
+
+    def __init__(self, step: int, good: int):
+        self.step, self.good = step, good  # where it was seen; the last step before that interval
+
+
+class NotFinite(Exception):
+    """Too many steps in a row had a loss or gradient that is not finite."""
+
+    def __init__(self, step: int, count: int):
+        self.step, self.count = step, count
+
+
 class Intervals:
     """Averages over intervals of steps; nothing waits for the device before it must."""
 
-    def __init__(self, logger: Logger, every: int, total: int):
-        """Log every so many steps, and at the last one."""
-        self.logger, self.every, self.total = logger, every, total
-        self.running: Any = None
-        self.due: tuple[int, Any] | None = None
+    def __init__(self, logger: Logger, run: Run, notes: Mapping[str, Any]):
+        """Log every so many steps, and at the last one; notes: what `notes` gave, or nothing."""
+        self.logger, self.run = logger, run
+        began = notes.get("running", {})
+        self.running: Any = {name: Average(*map(np.float32, x)) for name, x in began.items()}
+        self.due: tuple[int, Any, jax.Array] | None = None
+        self.losses: list[float] = list(notes.get("losses", []))
 
-    def add(self, step: int, metrics: dict[str, jax.Array], saved: bool) -> None:
+    def add(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
         """Take one step's metrics, and log the interval that ended before it.
 
-        An interval ends at a save too: averages do not depend on where a run was interrupted.
+        Raises: RunFailed for too many steps in a row that were not finite, or Spiked.
         """
         self.flush()
-        self.running = accumulate(self.running, metrics)
+        values = {name: x for name, x in metrics.items() if name != "in_a_row"}
+        row = metrics["in_a_row"]
+        self.running = accumulate(self.running or None, values, row == 0)
         self.logger.advance(step)
-        if step % self.every == 0 or step == self.total or saved:
-            self.due, self.running = (step, self.running), None
+        if step % self.run.log_every == 0 or step == self.run.steps:
+            self.due, self.running = (step, self.running, row), None
 
     def flush(self) -> None:
-        """Log the interval that is due."""
-        if self.due:
-            self.logger.write(self.due[0], averages(self.due[1]))
-            self.due = None
+        """Log the interval that is due, and judge it."""
+        if not self.due:
+            return
+        (step, running, row), self.due = self.due, None
+        values = averages(running)
+        self.logger.write(step, values)
+        if int(row) >= self.run.max_skipped:
+            raise NotFinite(step, int(row))
+        before, self.losses = self.losses, [*self.losses, values["loss"]][-JUDGED:]
+        most = self.run.spike * np.median(before) if self.run.spike and before else np.inf
+        if len(before) == JUDGED and not values["loss"] <= most:
+            raise Spiked(step, step - self.run.log_every)
+
+    def notes(self) -> dict[str, Any]:
+        """Return what a checkpoint must hold of the logging, for it to go on as if never ended."""
+        sums = jax.device_get(self.running or {})
+        running = {name: [float(x.total), float(x.count)] for name, x in sums.items()}
+        return {"running": running, "losses": self.losses}
 
 
-def train(experiment: Experiment, workdir: Path, command: str = "") -> dict[str, Any]:
-    """Run an experiment in a folder, from its last checkpoint if there is one.
+def train(
+    experiment: Experiment, workdir: Path, command: str = "", signals: Signals | None = None
+) -> dict[str, Any]:
+    """Run an experiment in a folder, from its last whole checkpoint if there is one.
 
     Returns the result that is also written to result.json: validation and test metrics.
-    Raises: BadInput if the folder holds a run of another config.
+    Raises: BadInput if the folder holds a run of another config, or is in use; RunFailed if the run
+    cannot go on; Preempted, after a save, if a signal came.
     """
-    run = experiment.config.run
-    claim(experiment, workdir, command)
-    if (workdir / RESULT).exists():
-        print(f"{workdir} is finished")
-        return dict(json.loads((workdir / RESULT).read_text()))
-    write_text(workdir / TABLES, tables(experiment) + "\n")
-    print(f"{summary(experiment)}\nevery leaf: {workdir / TABLES}")
+    run, signals = experiment.config.run, signals or Signals()
     began = time.perf_counter()
     with ExitStack() as stack:
-        checkpoints = stack.enter_context(closing(Checkpoints(workdir / "checkpoints", run.keep)))
+        if jax.process_index() == 0:
+            stack.enter_context(locked(workdir))
+        claim(experiment, workdir, command)
+        if (workdir / RESULT).exists():
+            print(f"{workdir} is finished")
+            return dict(json.loads((workdir / RESULT).read_text()))
+        write_text(workdir / TABLES, tables(experiment) + "\n")
+        print(f"{summary(experiment)}\nevery leaf: {workdir / TABLES}")
+        checkpoints = Checkpoints(workdir / "checkpoints", run.keep, run.keep_best)
+        stack.enter_context(closing(checkpoints))
         born, frozen = begin(experiment, checkpoints)
+        signals.poll()
         if experiment.cut:
             print(f"features {experiment.features}", flush=True)
-            [experiment] = from_features([experiment], [join(born.params, born.track, frozen)])
+            with signals.interruptible():
+                tree = join(born.params, born.track, frozen)
+                [experiment] = from_features([experiment], [tree])
         compiled = compile_step(experiment)
+        signals.poll()
         print(describe(experiment, cost_of(compiled, run.microbatches)), flush=True)
-        start, state = int(born.step), born
-        logger = stack.enter_context(closing(Logger(workdir, run.steps, resumed=start or None)))
-        intervals = Intervals(logger, run.log_every, run.steps)
-        for step, state, metrics in advance(experiment, compiled, (born, frozen), start):
-            evaluates = run.eval_every and step % run.eval_every == 0
-            saves = run.save_every and step % run.save_every == 0
-            intervals.add(step, metrics, saved=bool(saves))
-            if step == run.steps or evaluates or saves:
-                intervals.flush()  # before the save: what a later kill would lose is logged again
-            if evaluates and step < run.steps:
-                scores = score(experiment, join(state.params, state.track, frozen), "validation")
-                logger.write(step, prefixed("validation", scores))
-            if saves and step < run.steps:
-                checkpoints.save(step, state)
-        checkpoints.save(run.steps, state)
-        result = finish(experiment, join(state.params, state.track, frozen), logger)
+        for _ in range(REWINDS):
+            try:
+                begun = (born, frozen)
+                result = go_on(experiment, compiled, begun, checkpoints, workdir, signals)
+                break
+            except Spiked as spike:
+                born = rewind(experiment, checkpoints, spike)
+        else:
+            raise RunFailed(f"the loss rose suddenly {REWINDS} times: lower optim.lr")
     write_json(workdir / RESULT, result | {"seconds": time.perf_counter() - began})
     return result
+
+
+def go_on(
+    experiment: Experiment,
+    compiled: Callable[..., Any],
+    begun: tuple[State, Tree],
+    checkpoints: Checkpoints,
+    workdir: Path,
+    signals: Signals,
+) -> dict[str, Any]:
+    """Make the steps that are left, with their logs and saves; returns the end's metrics."""
+    run, (state, frozen) = experiment.config.run, begun
+    step, evaluated = int(state.step), True
+    notes = checkpoints.told(step).get("notes", {}) if step else {}
+
+    def validate() -> float:
+        with signals.interruptible():
+            scores = score(experiment, join(state.params, state.track, frozen), "validation")
+        logger.write(step, prefixed("validation", scores))
+        name = next(iter(scores))
+        return worth(name, scores[name])
+
+    with closing(Logger(workdir, run.steps, resumed=step or None)) as logger:
+        intervals = Intervals(logger, run, notes)
+        try:
+            if not notes.get("evaluated", True):  # a signal came in the middle of it
+                evaluated = False
+                validate()
+                evaluated = True
+            for step, state, metrics in advance(experiment, compiled, begun, signals.interruptible):
+                intervals.add(step, metrics)
+                evaluates, saves = (
+                    bool(every) and step % every == 0 and step < run.steps
+                    for every in (run.eval_every, run.save_every)
+                )
+                if evaluates or saves or step == run.steps:
+                    intervals.flush()  # before the save: what a later kill would lose
+                evaluated = not evaluates
+                value = validate() if evaluates else None
+                evaluated = True
+                if saves:
+                    checkpoints.save(step, state, value, intervals.notes())
+                signals.poll()
+            checkpoints.save(run.steps, state, None, intervals.notes())
+            with signals.interruptible():
+                tree = join(state.params, state.track, frozen)
+                result = finish(experiment, tree, logger)
+        except Preempted:
+            with suppress(Spiked):  # which is seen again when the run goes on
+                intervals.flush()
+                checkpoints.save(step, state, None, intervals.notes() | {"evaluated": evaluated})
+            checkpoints.wait()
+            raise
+        except NotFinite as end:
+            first = end.step - end.count + int(state.data_offset)
+            raise give_up(experiment, workdir, end, first) from None
+        if skipped := int(state.skipped):
+            print(f"{skipped} steps were skipped: their loss or gradient was not finite")
+    return result
+
+
+def rewind(experiment: Experiment, checkpoints: Checkpoints, spike: Spiked) -> State:
+    """Go back to the last save before a spike of the loss, and skip the batches since then."""
+    checkpoints.wait()
+    for step in checkpoints.steps():
+        if step > spike.good:
+            checkpoints.set_aside(step, f"the loss had risen suddenly by step {spike.step}")
+    if checkpoints.latest() is None:
+        raise RunFailed(
+            f"the loss rose suddenly by step {spike.step}, and nothing was saved before: set "
+            "run.save_every, lower optim.lr, or leave out run.spike"
+        )
+    state = checkpoints.restore(experiment.abstract[0])
+    count = spike.step - int(state.step)
+    print(f"the loss rose suddenly by step {spike.step}: on from step {int(state.step)}, without "
+          f"the {count} batches since")  # fmt: skip
+    offset = jax.device_put(state.data_offset + count, experiment.shardings.scalar)
+    return state.replace(data_offset=offset)
+
+
+def give_up(experiment: Experiment, workdir: Path, end: NotFinite, first: int) -> RunFailed:
+    """Write down the examples of the last steps, from batch `first`; returns what to raise."""
+    steps = range(end.step - end.count + 1, end.step + 1)
+    batches = {str(step): experiment.data.train_ids(first + i) for i, step in enumerate(steps)}
+    write_json(workdir / SKIPPED, {"examples by step": batches})
+    return RunFailed(
+        f"loss or gradient was not finite in {end.count} steps in a row, up to step {end.step}; "
+        f"nothing has moved since step {steps[0] - 1}, and the examples are in {workdir / SKIPPED}"
+    )
 
 
 def finish(experiment: Experiment, tree: Tree, logger: Logger) -> dict[str, dict[str, float]]:

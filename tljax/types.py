@@ -24,6 +24,10 @@ Batch = Mapping[str, Any]
 Key = Array
 
 
+class RunFailed(Exception):
+    """A run cannot go on; what it had saved is still there."""
+
+
 class BadInput(ValueError):
     """An input a person gave is wrong; the message says what was expected and what exists."""
 

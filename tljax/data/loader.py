@@ -105,21 +105,8 @@ class Loader:
         (e mod views)-th of them.  replay: this share of every batch, in whole rows, stands in such
         a row of its own, spread evenly.
         """
-        order, rows = _order(len(source), _ORDER, seed, views), 0
-        if replay is not None:
-            older, source = _order(len(replay), _REPLAY, seed), Joined(source, replay)
-            own, rows = len(source.first), round(share * self.size)
-            if not 0 < rows < self.size:
-                raise BadInput(f"replay.share={share} of {self.size} rows is none, or all of them")
-
-        def chosen(positions: np.ndarray) -> np.ndarray:
-            before, after = (p * rows // self.size for p in (positions, positions + 1))
-            is_new = after == before
-            indices = np.empty(len(positions), int)
-            indices[is_new] = order((positions - before)[is_new])
-            if rows:
-                indices[~is_new] = own + older(before[~is_new])
-            return indices
+        chosen = self.order(len(source), seed, views, len(replay or ()), share)
+        source = source if replay is None else Joined(source, replay)
 
         def build(step: int) -> Batch:
             positions = self._positions(step)
@@ -129,6 +116,30 @@ class Loader:
             return mix(batch, np.random.default_rng([_BATCH, seed, step])) if mix else batch
 
         return self._run(build, range(start, _FOREVER))
+
+    def order(
+        self, count: int, seed: int, views: int = 1, replayed: int = 0, share: float = 0.0
+    ) -> Callable[[np.ndarray], np.ndarray]:
+        """Return what reads the examples at positions: of a source of `count`, then the replayed.
+
+        Raises: BadInput if the replay's share is no row of a batch, or every one.
+        """
+        own, rows = _order(count, _ORDER, seed, views), 0
+        if replayed:
+            older, rows = _order(replayed, _REPLAY, seed), round(share * self.size)
+            if not 0 < rows < self.size:
+                raise BadInput(f"replay.share={share} of {self.size} rows is none, or all of them")
+
+        def chosen(positions: np.ndarray) -> np.ndarray:
+            before, after = (p * rows // self.size for p in (positions, positions + 1))
+            is_new = after == before
+            indices = np.empty(len(positions), int)
+            indices[is_new] = own((positions - before)[is_new])
+            if rows:
+                indices[~is_new] = count + older(before[~is_new])
+            return indices
+
+        return chosen
 
     def evaluate(self, source: Source, transform: Transform | None) -> Iterator[Batch]:
         """Yield every example once, in order; rows with valid False repeat the last to the end.

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 
 from tljax.config import Augment, Data
 from tljax.data.augment import MixImages, TransformImage
@@ -58,6 +59,17 @@ class Pipeline(Inputs):
             return self.loader.train(source, transform, self.seed, self.mix, start, 1, *older)
         views = len(self.versions) // len(source)
         return self.loader.train(self.versions, None, self.seed, self.mix, start, views)
+
+    def train_ids(self, step: int) -> list[int]:
+        """List the examples of a step's whole batch, by their number in the training part.
+
+        Replayed ones follow those of the training part.
+        """
+        size, train = self.loader.size, len(self.splits.train)
+        count, replayed = len(self.versions or self.splits.train), len(self.replay or ())
+        chosen = self.loader.order(count, self.seed, count // train, replayed, self.share)
+        rows = chosen(np.arange(step * size, (step + 1) * size))
+        return (rows if self.versions is None else rows % train).tolist()
 
     def eval_batches(self, split: str) -> Iterator[Batch]:
         """Yield every example of the validation or test part once, padded at the end."""

@@ -1,0 +1,64 @@
+"""Signals: the first one asks a run to save and stop, a second one ends it at once."""
+
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+AGAIN = 85
+"""Exit code of a run that was asked to stop, and has saved: run the same command again."""
+
+
+class Preempted(Exception):
+    """A signal asked for an end, at a place where nothing is half done."""
+
+
+class Signals:
+    """Remembers the first SIGTERM, SIGINT or SIGUSR1; a context, for the main thread.
+
+    Elsewhere it hears nothing.  After the first signal the next one has its usual effect.
+    """
+
+    heard = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+    def __init__(self) -> None:
+        """Hear nothing yet."""
+        self.asked: str | None = None
+        self._waiting = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> "Signals":
+        """Take the signals."""
+        if threading.current_thread() is threading.main_thread():
+            self._before = {one: signal.signal(one, self._hear) for one in self.heard}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Give the signals back."""
+        for one, handler in self._before.items():
+            signal.signal(one, handler)
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        self.asked = signal.Signals(number).name
+        for one in self.heard:
+            signal.signal(one, signal.SIG_DFL)
+        if self._waiting:
+            raise Preempted(self.asked)
+
+    def poll(self) -> None:
+        """Raise Preempted if a signal came."""
+        if self.asked:
+            raise Preempted(self.asked)
+
+    @contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """Let a signal interrupt what stands within, which must leave nothing half done."""
+        self._waiting = True
+        try:
+            self.poll()
+            yield
+            self.poll()
+        finally:
+            self._waiting = False
