@@ -29,7 +29,7 @@ ORDER = [
     {"build", "pretrained"},
     {"plan"},
     {"train"},
-    {"exporter", "inference", "sweep"},
+    {"ckpt", "exporter", "inference", "sweep"},
     {"demo", "soup"},
     {"__main__"},
 ]

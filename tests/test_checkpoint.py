@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -19,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file
 
 from tljax.checkpoint import Checkpoints, read_tree, write_json
+from tljax.manifest import hashes
 from tljax.state import first_state
 from tljax.tree import flatten, unflatten
 from tljax.types import BadInput
@@ -145,57 +145,176 @@ def test_a_process_killed_while_saving_loses_nothing_saved(tmp_path):
     assert not list((tmp_path / "checkpoints").glob("*tmp*"))
 
 
+DAMAGES = {
+    "deleted": lambda content: None,
+    "emptied": lambda content: b"",
+    "halved": lambda content: content[: len(content) // 2],
+    "one byte short": lambda content: content[:-1],
+    "zeroed": lambda content: bytes(len(content)),
+}
+
+
 def damage(path, how):
-    content = path.read_bytes()
-    if how == "gone":
+    content = DAMAGES[how](path.read_bytes()) if how in DAMAGES else flipped(path.read_bytes(), how)
+    if content is None:
         path.unlink()
-    elif how == "truncated":
-        path.write_bytes(content[: len(content) // 2])
     else:
-        middle = len(content) // 2
-        path.write_bytes(content[:middle] + bytes([content[middle] ^ 8]) + content[middle + 1 :])
+        path.write_bytes(content)
 
 
-def restore_damaged(run_folder, how):
-    """Damage one file after the other of step 5; returns which folders' damage is refused."""
-    run = Checkpoints(run_folder, keep=2)
-    folder, refused = Path(run_folder) / "5", set()
-    for path in [p for p in folder.rglob("*") if p.is_file() and p.stat().st_size]:
-        kept = path.read_bytes()
-        damage(path, how)
+def flipped(content, bit):
+    at, number = divmod(bit, 8)
+    return content[:at] + bytes([content[at] ^ (1 << number)]) + content[at + 1 :]
+
+
+def restore_damaged(top, cases):
+    """Damage one file of step 5 in a copy of a run, each in turn; list what was not noticed."""
+    silent = []
+    for number, (name, how) in enumerate(cases):
+        copy = Path(top) / f"copy{number}"
+        shutil.copytree(Path(top) / "checkpoints", copy / "checkpoints")
+        damage(copy / "checkpoints" / "5" / name, how)
+        run = Checkpoints(copy / "checkpoints", keep=2)
+        state = run.restore(abstract(make_state()))
+        reason = copy / "checkpoints" / "damaged" / "5-0.txt"
+        noticed = reason.exists() and "step 5" in reason.read_text() and run.steps() == [3]
         try:
-            assert_same(run.restore(abstract(make_state())), make_state(5))
-        except BadInput as error:
-            assert re.search("(?s)step 5.*another step: 3", str(error))
-            refused.add(str(path.relative_to(folder).parent))
-        path.write_bytes(kept)
-    run.close()
-    return sorted(refused)
+            assert_same(state, make_state(3))
+        except AssertionError:
+            noticed = False
+        run.close()
+        shutil.rmtree(copy)
+        silent += [] if noticed else [[name, how]]
+    return silent
 
 
-@pytest.mark.parametrize("how", ["gone", "truncated", "flipped"])
-def test_a_damaged_step_is_refused_or_harmless_and_other_steps_survive(tmp_path, how):
-    run = Checkpoints(tmp_path / "checkpoints", keep=2)
-    run.save(3, make_state(3))
-    run.save(5, make_state(5))
-    run.close()
-    # In a process of its own: orbax gives up at the first leaf that fails, and leaves the reads of
-    # the others unawaited, each of which warns when it is collected, in whatever test that is.
-    code = (
-        f"import conftest, json, test_checkpoint as t; folder = {str(tmp_path / 'checkpoints')!r}"
-    )
-    code += f"; print(json.dumps(t.restore_damaged(folder, {how!r})))"
+def damaged_apart(top, cases):
+    """Run restore_damaged in a process of its own.
+
+    Orbax gives up at the first leaf that fails, and leaves the reads of the others unawaited, each
+    of which warns when it is collected, in whatever test that is.
+    """
+    code = f"import conftest, json, test_checkpoint as t; top, cases = {str(top)!r}, {cases!r}"
+    code += "; print(json.dumps(t.restore_damaged(top, cases)))"
     done = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT / "benchmarks")},
         cwd=ROOT / "tests", capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    refused = json.loads(done.stdout.splitlines()[-1])
-    assert {*refused} >= {".", "state", "state/d"}  # metadata, manifest and numbers
-    shutil.rmtree(tmp_path / "checkpoints" / "5")  # as the message says
-    again = Checkpoints(tmp_path / "checkpoints")
-    assert_same(again.restore(abstract(make_state())), make_state(3))
-    again.close()
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """Steps 3 and 5 of a run, and the files of the newer one."""
+    top = tmp_path_factory.mktemp("saved")
+    run = Checkpoints(top / "checkpoints", keep=2)
+    run.save(3, make_state(3))
+    run.save(5, make_state(5))
+    run.close()
+    folder = top / "checkpoints" / "5"
+    files = {str(p.relative_to(folder)): p.stat().st_size for p in folder.rglob("*") if p.is_file()}
+    assert {"manifest.json", "_METADATA"} <= files.keys()
+    return top, files
+
+
+@pytest.mark.parametrize("how", DAMAGES)
+def test_no_damage_of_a_file_is_silent_and_the_step_before_is_read(saved, how):
+    top, files = saved
+    # An empty file cannot be emptied.
+    cases = [(name, how) for name, size in files.items() if size or how == "deleted"]
+    assert damaged_apart(top, cases) == []
+
+
+def flips(files, count, seed):
+    """Draw bits of all the files, each as likely as any other."""
+    numbers, names = (
+        np.random.default_rng(seed),
+        [name for name in files for _ in range(files[name])],
+    )
+    drawn = [names[i] for i in numbers.integers(len(names), size=count)]
+    return [(name, int(numbers.integers(8 * files[name]))) for name in drawn]
+
+
+def test_no_flipped_bit_is_silent(saved):
+    top, files = saved
+    assert damaged_apart(top, flips(files, 20, seed=0)) == []
+
+
+@pytest.mark.slow
+def test_no_flipped_bit_of_two_hundred_is_silent(saved):
+    top, files = saved
+    assert damaged_apart(top, flips(files, 200, seed=1)) == []
+
+
+def test_where_no_step_is_whole_a_run_does_not_begin_anew(saved, tmp_path, capsys):
+    shutil.copytree(saved[0] / "checkpoints", tmp_path / "checkpoints")
+    for step in (3, 5):
+        (tmp_path / "checkpoints" / str(step) / "manifest.json").unlink()
+    run = Checkpoints(tmp_path / "checkpoints", keep=2)
+    with pytest.raises(BadInput, match=r"(?s)step 5.*no manifest.*step 3.*never begins anew"):
+        run.restore(abstract(make_state()))
+    assert "set aside as" in capsys.readouterr().err
+    run.close()
+
+
+def test_a_reader_of_a_damaged_step_changes_nothing_and_names_the_others(saved, tmp_path):
+    shutil.copytree(saved[0], tmp_path / "run")
+    damage(tmp_path / "run" / "checkpoints" / "5" / "_METADATA", "one byte short")
+    before = sorted(tmp_path.rglob("*"))
+    with pytest.raises(BadInput, match=r"(?s)step 5.*_METADATA.*bytes, expected.*step: 3"):
+        read_tree(tmp_path / "run")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_hash_does_not_know_how_a_leaf_is_sharded_and_knows_every_bit():
+    tree = {"w": np.random.default_rng(0).normal(size=(16, 8)).astype(np.float32)}
+    places = [layout(kind) for kind in ("fsdp", "both", "one")]
+    found = [jax.device_get(hashes(jax.device_put(tree, place)))["w"] for place in places]
+    assert all(np.array_equal(one, found[0]) for one in found)
+    seen = {tuple(found[0])}
+    for bit in range(0, tree["w"].nbytes * 8, 37):
+        changed = np.frombuffer(flipped(tree["w"].tobytes(), bit), np.float32).reshape(16, 8)
+        seen.add(tuple(jax.device_get(hashes({"w": changed}))["w"]))
+    assert len(seen) == 1 + len(range(0, tree["w"].nbytes * 8, 37))
+    swapped = tree["w"][::-1].copy()  # the same numbers elsewhere
+    assert tuple(jax.device_get(hashes({"w": swapped}))["w"]) not in seen
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8", "bool", "uint32", "float16"])
+def test_every_kind_of_leaf_has_a_hash(dtype):
+    ones = jnp.ones((3, 2), dtype)
+    assert not np.array_equal(*jax.device_get([hashes(ones)[""], hashes(ones * 0)[""]]))
+    assert hashes(jnp.zeros((0, 3), dtype))[""].tolist() == [0, 0]
+
+
+def test_the_best_steps_stay_beside_the_newest(tmp_path):
+    run = Checkpoints(tmp_path / "checkpoints", keep=1, best=1)
+    for step, score in ((1, 0.5), (2, 0.9), (3, None), (4, 0.7)):
+        run.save(step, make_state(step), score)
+    run.wait()
+    assert run.steps() == [2, 4]
+    run.close()
+
+
+def test_runs_side_by_side_share_a_frozen_tree(tmp_path):
+    files = []
+    for name in ("a", "b"):
+        run = Checkpoints(tmp_path / name / "checkpoints", keep=1)
+        files.append(frozen_file(run, run.save_frozen(make_tree()["frozen"])))
+    assert files[0].samefile(files[1])
+    files[0].unlink()
+    assert files[1].exists()
+
+
+def test_a_damaged_frozen_file_is_written_again(run, capsys):
+    frozen = make_tree()["frozen"]
+    file = frozen_file(run, run.save_frozen(frozen))
+    content = file.read_bytes()
+    damage(file, 800)
+    run.save_frozen(frozen)
+    assert file.read_bytes() == content
+    assert "is damaged: written again" in capsys.readouterr().err
 
 
 def test_another_structure_shape_or_dtype_is_refused(run):
@@ -255,7 +374,7 @@ def test_a_tree_without_frozen_leaves_is_stored_too(run):
     assert load_file(frozen_file(run, run.save_frozen({"params": {"head": None}}))) == {}
 
 
-@pytest.mark.parametrize("how", ["truncated", "flipped"])
+@pytest.mark.parametrize("how", ["halved", 800])
 def test_a_tampered_frozen_file_is_detected(run, how):
     digest = run.save_frozen(make_tree()["frozen"])
     run.save(3, make_state())

@@ -190,9 +190,10 @@ def test_mean_interval_is_students(numbers):
 def test_running_averages_stay_on_the_device_until_asked():
     running = None
     with jax.transfer_guard_device_to_host("disallow"):
-        for value in (1.0, 2.0, 6.0):
-            running = metrics.accumulate(running, {"loss": jnp.float32(value), "n": jnp.int32(2)})
-    assert metrics.averages(running) == {"loss": 3.0, "n": 2.0}
+        for value in (1.0, 2.0, np.nan, 6.0):
+            values = {"loss": jnp.float32(value), "n": jnp.int32(2)}
+            running = metrics.accumulate(running, values, jnp.isfinite(values["loss"]))
+    assert metrics.averages(running) == {"loss": 3.0, "n": 2.0}  # a bad step counts for nothing
 
 
 def test_importing_metrics_imports_no_tensorflow_and_no_torch():

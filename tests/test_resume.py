@@ -171,7 +171,7 @@ def test_a_killed_run_ends_with_the_same_bits(folder, request, name):
 
 def test_each_interval_is_logged_once(vit):
     steps = [line["step"] for line in lines_of(vit) if "loss" in line]
-    assert steps == [3, 4, 6, 8, 9, 12]  # every third, and at each save
+    assert steps == [3, 6, 9, 12]
     assert [line["step"] for line in lines_of(vit) if "validation/n" in line] == [6, 12]
 
 

@@ -154,6 +154,27 @@ def test_microbatches_are_exact_with_uneven_masks():
     np.testing.assert_allclose(results[0][1], results[1][1], rtol=1e-6)
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("microbatches", [1, 4])
+def test_a_step_that_is_not_finite_moves_nothing_but_its_counters(bad, microbatches):
+    step, state, frozen = start(ALL, microbatches=microbatches)
+    state, _ = step(state, frozen, BATCH_OF_16)  # so that no moment is zero
+    kept = ("params", "track", "opt")
+    before = jax.device_get({name: getattr(state, name) for name in kept})
+    image = BATCH_OF_16["image"].copy()
+    image[3, 0, 0] = bad
+    for row in (1, 2):
+        state, metrics = step(state, frozen, BATCH_OF_16 | {"image": image})
+        assert (int(state.step), int(state.skipped), int(state.in_a_row)) == (1 + row, row, row)
+        assert int(metrics["in_a_row"]) == row
+        after = jax.device_get({name: getattr(state, name) for name in kept})
+        assert jax.tree.all(jax.tree.map(np.array_equal, before, after))
+    state, _ = step(state, frozen, BATCH_OF_16)
+    assert (int(state.step), int(state.skipped), int(state.in_a_row)) == (4, 2, 0)
+    assert not np.array_equal(before["params"]["params"]["head"]["kernel"],
+                              state.params["params"]["head"]["kernel"])  # fmt: skip
+
+
 def test_randomness_is_a_function_of_seed_and_step():
     step, state, frozen = start(ALL, net=Net(dropout=0.5))
     copies = [jax.tree.map(jnp.copy, state) for _ in range(2)]

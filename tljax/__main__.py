@@ -76,6 +76,18 @@ def make_parser() -> argparse.ArgumentParser:
     export.add_argument("--naming", help="peft: for transformers 5 or 4 (default: 5)")
     export.add_argument("--base", help="peft: name or folder of the base model for the adapter")
     export.add_argument("--tower", help="of a CLIP: vision or text")
+    ckpt = add("ckpt", "look into the checkpoints of runs, or remove some")
+    words = ckpt.add_subparsers(dest="what", required=True, metavar="WHAT")
+    look = lambda name, text: words.add_parser(name, help=text, description=text, parents=[common])  # noqa: E731
+    for name, text in (("ls", "list what is saved"), ("verify", "read all of it")):
+        look(name, text).add_argument("run", type=Path, help="folder of the run")
+    compare = look("diff", "compare two states leaf by leaf")
+    compare.add_argument("one", help="RUN, or RUN@STEP")
+    compare.add_argument("other", help="RUN, or RUN@STEP")
+    prune = look("prune", "remove all steps but some")
+    prune.add_argument("run", type=Path, help="folder of the run")
+    prune.add_argument("--keep", type=int, default=1, help="newest steps that stay (default: 1)")
+    prune.add_argument("--best", type=int, default=0, help="best steps that stay (default: 0)")
     demo = add("demo", "adapt real weights to real data by every strategy, and compare")
     demo.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder of results")
     demo.add_argument("--fast", action="store_true", help="a quick check, not a result")
@@ -106,6 +118,7 @@ def run(arguments: argparse.Namespace, overrides: dict[str, str], signals: Signa
     from tljax import inference, plan, train
     from tljax.build import build, precision, read_config
     from tljax.checkpoint import to_json
+    from tljax.lock import locked
 
     if arguments.verb in ("train", "inspect"):
         config = read_config(arguments.config, overrides)
@@ -140,6 +153,16 @@ def run(arguments: argparse.Namespace, overrides: dict[str, str], signals: Signa
 
         ways = {name: getattr(arguments, name) for name in ("weights", "greedy", "alphas")}
         print(to_json(soup(arguments.out, arguments.runs, **ways, command=arguments.command)))
+    elif arguments.verb == "ckpt":
+        from tljax import ckpt
+
+        if arguments.what == "diff":
+            print(ckpt.diff(arguments.one, arguments.other))
+        elif arguments.what == "prune":
+            with locked(arguments.run):
+                print(ckpt.prune(arguments.run, max(arguments.keep, 1), arguments.best))
+        else:
+            print({"ls": ckpt.ls, "verify": ckpt.verify}[arguments.what](arguments.run))
     elif arguments.verb == "predict":
         count = inference.predict_run(arguments.workdir, arguments.paths, arguments.out)
         print(f"{count} predictions in {arguments.out}")

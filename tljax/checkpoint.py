@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -102,7 +102,7 @@ class Checkpoints:
                 self._saving = {}
             if jax.process_index() == 0:
                 manifest.sync(self.folder)
-                self._prune()
+                self.prune()
 
     def close(self) -> None:
         """Finish the save in progress and stop the threads behind it."""
@@ -110,14 +110,15 @@ class Checkpoints:
         if "_writer" in self.__dict__:
             self._writer.close()
 
-    def _prune(self) -> None:
-        """Remove what is neither among the newest steps nor among the best."""
+    def prune(self) -> list[int]:
+        """Remove what is neither among the newest steps nor among the best; returns the steps."""
         steps = self.steps()
         scores = {step: x for step in steps if (x := self.told(step).get("score")) is not None}
         best = sorted(scores, key=lambda step: (scores[step], step))[len(scores) - self._best :]
-        for step in steps[: -(self._keep or len(steps))]:
-            if step not in best:
-                self.remove(step)
+        gone = [step for step in steps[: -(self._keep or len(steps))] if step not in best]
+        for step in gone:
+            self.remove(step)
+        return gone
 
     def remove(self, step: int) -> None:
         """Remove a step; what a kill leaves of it is cleaned like an unfinished one."""
@@ -160,18 +161,36 @@ class Checkpoints:
         """
 
         def read(step: int, told: Mapping[str, Any]) -> Tree:
-            path, handler = self.folder / str(step), ocp.PyTreeCheckpointHandler()
-            stored = handler.metadata(path).tree
-            wanted = {name: stored[name] for name in ("params", "track")}
-            kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
-            args = ocp.args.PyTreeRestore(wanted, restore_args=kinds, partial_restore=True)
-            parts = handler.restore(path, args=args)
-            manifest.verify(told, parts)
+            parts = self._numbers(step, told, ("params", "track"))
             digest = told["frozen"]
             frozen = unflatten(_load_verified(self._frozen_file(digest))) if digest else {}
             return unflatten(flatten(join(parts["params"], parts["track"], frozen)))
 
         return self._newest(read)
+
+    def check(self, step: int) -> str:
+        """Read all of a step and of its frozen tree; returns what is wrong, "" if nothing is."""
+        try:
+            told = manifest.read(self.folder / str(step))
+            self._numbers(step, told)
+            if told["frozen"]:
+                _load_verified(self._frozen_file(told["frozen"]))
+        except FAILURES:
+            raise
+        except Exception as error:
+            return first_line(error)
+        return ""
+
+    def _numbers(self, step: int, told: Mapping[str, Any], parts: Sequence[str] = ()) -> Tree:
+        """Read some parts of a state, or all, as numpy arrays; compare them with their hashes."""
+        path, handler = self.folder / str(step), ocp.PyTreeCheckpointHandler()
+        stored = handler.metadata(path).tree
+        wanted = {name: stored[name] for name in parts or stored}
+        kinds = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+        args = ocp.args.PyTreeRestore(wanted, restore_args=kinds, partial_restore=True)
+        found = handler.restore(path, args=args)
+        manifest.verify(told, found)
+        return found
 
     def _newest(self, read: Callable[[int, Mapping[str, Any]], Any]) -> Any:
         """Read the newest step; where it is damaged a writer sets it aside, and reads the next."""
@@ -187,8 +206,7 @@ class Checkpoints:
             except FAILURES:
                 raise
             except Exception as error:  # tensorstore raises bare ones with a page of text
-                reason = str(error).partition("\n")[0][:300] or type(error).__name__
-                reasons.append(f"checkpoint of step {step} in {self.folder}: {reason}")
+                reasons.append(f"checkpoint of step {step} in {self.folder}: {first_line(error)}")
             if self._keep is None:
                 break
             place = self.set_aside(step, reasons[-1])
@@ -230,6 +248,11 @@ class Checkpoints:
 
     def _frozen_file(self, digest: str) -> Path:
         return self.folder.parent / "frozen" / f"{digest}.safetensors"
+
+
+def first_line(error: Exception) -> str:
+    """Shorten an error's text: tensorstore's fills a page."""
+    return str(error).partition("\n")[0][:300] or type(error).__name__
 
 
 def digest_of(tree: Tree) -> str:
