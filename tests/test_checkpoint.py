@@ -196,8 +196,9 @@ def damaged_apart(top, cases):
     """
     code = f"import conftest, json, test_checkpoint as t; top, cases = {str(top)!r}, {cases!r}"
     code += "; print(json.dumps(t.restore_damaged(top, cases)))"
+    path = os.pathsep.join([str(ROOT), str(ROOT / "benchmarks")])
     done = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT / "benchmarks")},
+        [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": path},
         cwd=ROOT / "tests", capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
@@ -456,7 +457,9 @@ def make_sharded(sharding):
     weights = np.random.default_rng(0).normal(size=(16, 8)).astype(np.float32)
     frozen = {"params": {"body": jnp.asarray(weights, jnp.bfloat16), "head": None}}
     params = {"params": {"body": None, "head": jnp.asarray(weights)}}
-    state = first_state(params, None, {"mu": params}).replace(step=jnp.arange(8))
+    # Every leaf has an axis to lie along.
+    state = jax.tree.map(jnp.atleast_1d, first_state(params, None, {"mu": params}))
+    state = jax.tree.map(lambda x: jnp.arange(8) if x.size == 1 else x, state)
     return jax.device_put((state, frozen), sharding)
 
 

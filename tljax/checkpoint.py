@@ -1,6 +1,6 @@
 """What a run keeps on disk, and the only place of orbax.
 
-run/checkpoints/<step>/              the state, by orbax, and last its manifest; then renamed
+run/checkpoints/<step>/              the state, by orbax, and last its manifest
 run/checkpoints/damaged/<step>-<n>/  a step that was not what its manifest says, and why
 run/frozen/<digest>.safetensors      what never moves: written once, named by its content
 """
@@ -12,6 +12,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from tljax.preemption import Preempted
 from tljax.tree import flatten, join, unflatten
 from tljax.types import BadInput, Tree
 
-DAMAGED, TEMPORARY = "damaged", ".orbax-checkpoint-tmp"
+DAMAGED, SAVING, TEMPORARY = "damaged", ".saving", ".orbax-checkpoint-tmp"
 FAILURES = (Preempted, PermissionError, MemoryError, jax.errors.JaxRuntimeError)
 """What is no damage of a step that cannot be read."""
 
@@ -42,19 +43,28 @@ class Checkpoints:
     def __init__(self, folder: str | Path, keep: int | None = None, best: int = 0):
         self.folder, self._keep, self._best = Path(folder).absolute(), keep, best
         self._frozen: str | None = None
-        self._saving: dict[str, Any] = {}
+        self._thread = ThreadPoolExecutor(1, "checkpoints")
+        self._saving: Future[None] | None = None
         if keep is None:
             if not self.folder.is_dir():
                 raise BadInput(f"no checkpoints in {self.folder}: it does not exist")
         elif jax.process_index() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
-            for left in self.folder.glob(f"*{TEMPORARY}*"):
-                shutil.rmtree(left)
+            self._clean()
 
     @cached_property
     def _writer(self) -> ocp.AsyncCheckpointer:
-        options = ocp.options.AsyncOptions(post_finalization_callback=self._complete)
-        return ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler(), async_options=options)
+        return ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
+
+    def _clean(self) -> None:
+        """Remove what a killed process left of a save, or of a removal."""
+        for mark in self.folder.glob(f"*{SAVING}"):
+            folder = self.folder / mark.stem
+            if folder.exists() and not (folder / manifest.NAME).exists():
+                shutil.rmtree(folder)
+            mark.unlink()
+        for left in self.folder.glob(f"*{TEMPORARY}*"):
+            shutil.rmtree(left)
 
     def steps(self) -> list[int]:
         """List the steps that are there, oldest first; whether they are whole, restoring says."""
@@ -82,33 +92,37 @@ class Checkpoints:
             return
         like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
         told = {"step": step, "frozen": self._frozen, "score": score, "notes": dict(notes or {})}
-        self._saving = told | {"like": like, "hashes": manifest.hashes(state)}
+        hashes = manifest.hashes(state)  # before the next step takes the state's memory
+        mark = self.folder / f"{step}{SAVING}"
+        if jax.process_index() == 0:
+            mark.touch()
         self._writer.save(self.folder / str(step), args=ocp.args.StandardSave(state))
 
-    def _complete(self) -> None:
-        """Write the manifest, when the files of a step are there and before it is renamed."""
-        if jax.process_index() == 0:
-            told = dict(self._saving)
-            leaves = manifest.describe(told.pop("like"), jax.device_get(told.pop("hashes")))
-            [place] = self.folder.glob(f"{told['step']}{TEMPORARY}*")
-            manifest.write(place, told | {"leaves": leaves})
+        def complete() -> None:
+            self._writer.wait_until_finished()
+            if jax.process_index() == 0:
+                leaves = manifest.describe(like, jax.device_get(hashes))
+                manifest.write(self.folder / str(step), told | {"leaves": leaves})
+                mark.unlink()
+                manifest.sync(self.folder)
+                self.prune()
+
+        self._saving = self._thread.submit(complete)
 
     def wait(self) -> None:
         """Block until the save in progress is complete; raises what made it fail."""
         if self._saving:
-            try:
-                self._writer.wait_until_finished()
-            finally:
-                self._saving = {}
-            if jax.process_index() == 0:
-                manifest.sync(self.folder)
-                self.prune()
+            saving, self._saving = self._saving, None
+            saving.result()
 
     def close(self) -> None:
         """Finish the save in progress and stop the threads behind it."""
-        self.wait()
-        if "_writer" in self.__dict__:
-            self._writer.close()
+        try:
+            self.wait()
+        finally:
+            self._thread.shutdown()
+            if "_writer" in self.__dict__:
+                self._writer.close()
 
     def prune(self) -> list[int]:
         """Remove what is neither among the newest steps nor among the best; returns the steps."""

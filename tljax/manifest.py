@@ -1,4 +1,4 @@
-"""What a saved step must be: a hash of every leaf, however it is sharded, and every file's size."""
+"""What a saved step must be: a hash of every leaf, however it is sharded, and of every file."""
 
 import hashlib
 import json
@@ -75,7 +75,7 @@ def sizes(folder: Path) -> dict[str, int]:
 
 def write(folder: Path, content: Mapping[str, Any]) -> None:
     """Write a folder's manifest when all else in it is on the disk."""
-    files = sizes(folder)
+    files = {name: [size, _digest(folder / name)] for name, size in sizes(folder).items()}
     for path in [folder / name for name in files] + [p for p in folder.rglob("*") if p.is_dir()]:
         sync(path)
     whole = dict(content) | {"files": files}
@@ -84,6 +84,11 @@ def write(folder: Path, content: Mapping[str, Any]) -> None:
         file.flush()
         os.fsync(file.fileno())
     sync(folder)
+
+
+def _digest(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()[:32]
 
 
 def _sum(content: Mapping[str, Any]) -> str:
@@ -109,7 +114,7 @@ def read(folder: Path) -> dict[str, Any]:
         raise Damaged(f"it has no {NAME}") from None
     except (ValueError, AttributeError, TypeError, KeyError):
         raise Damaged(f"{NAME} is damaged") from None
-    files, found = content["files"], sizes(folder)
+    found, files = sizes(folder), {name: size for name, (size, _) in content["files"].items()}
     for name in sorted(files.keys() | found.keys()):
         if files.get(name) != found.get(name):
             have, want = (
@@ -117,6 +122,9 @@ def read(folder: Path) -> dict[str, Any]:
                 for n in (found.get(name), files.get(name))
             )
             raise Damaged(f"{name}: {have}, expected {want}")
+    for name, (_, digest) in content["files"].items():
+        if _digest(folder / name) != digest:
+            raise Damaged(f"{name} is not what was saved: it has the right size and other bytes")
     return content
 
 
