@@ -37,8 +37,9 @@ def accumulate(
 
 
 def averages(running: dict[str, Average]) -> dict[str, float]:
-    """Fetch running averages from the device."""
-    return {name: float(one.compute()) for name, one in jax.device_get(running).items()}
+    """Fetch running averages from the device; nan where no step was good."""
+    found = jax.device_get(running).items()
+    return {name: float(one.compute()) if one.count else math.nan for name, one in found}
 
 
 LESS = ("nll", "mse", "perplexity")

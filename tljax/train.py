@@ -204,7 +204,10 @@ class Intervals:
         """Log every so many steps, and at the last one; notes: what `notes` gave, or nothing."""
         self.logger, self.run = logger, run
         began = notes.get("running", {})
-        self.running: Any = {name: Average(*map(np.float32, x)) for name, x in began.items()}
+        self.running: Any = {
+            name: Average(np.float32(total), np.int32(count))
+            for name, (total, count) in began.items()
+        }
         self.due: tuple[int, Any, jax.Array] | None = None
         self.losses: list[float] = list(notes.get("losses", []))
 
@@ -238,7 +241,7 @@ class Intervals:
     def notes(self) -> dict[str, Any]:
         """Return what a checkpoint must hold of the logging, for it to go on as if never ended."""
         sums = jax.device_get(self.running or {})
-        running = {name: [float(x.total), float(x.count)] for name, x in sums.items()}
+        running = {name: [float(x.total), int(x.count)] for name, x in sums.items()}
         return {"running": running, "losses": self.losses}
 
 
