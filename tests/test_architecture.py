@@ -214,7 +214,7 @@ def test_the_package_fits_in_a_head():
     What explains them is not what one would want less of.
     """
     core = [path for path in FILES if place(path) != "weights"]
-    assert sum(lines_of_code(path) for path in core) < 7000
+    assert sum(lines_of_code(path) for path in core) < 8000
     assert max(lines_of_code(path) for path in FILES) < 500
 
 
@@ -257,7 +257,7 @@ def test_the_tree_in_the_readme_is_the_tree_on_disk():
     lines = [line.split("#")[0].strip() for line in block[1].splitlines()]
     told = sorted(filter(None, lines))
     folders = [path for path in told if path.endswith("/")]
-    parts = {"tljax", "configs", "launch", "tests", "benchmarks", ".ci"}
+    parts = {"tljax", "configs", "docs", "launch", "tests", "benchmarks", ".ci"}
     real = set()
     for path in listed():
         name = path.as_posix()
