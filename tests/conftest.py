@@ -3,6 +3,7 @@
 import importlib.util
 import os
 from collections import Counter
+from collections.abc import Generator
 from pathlib import Path
 from types import ModuleType
 
@@ -44,6 +45,20 @@ def asset_dir() -> Path:
     return Path(os.environ["TLJAX_ASSETS"])
 
 
+def mark_slow(items: list[pytest.Item]) -> None:
+    """Mark the cases of a test that is marked few(n) as slow, but for n spread evenly."""
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("few"):
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for same in cases.values():
+        kept = same[0].get_closest_marker("few").args[0]
+        fast = {number * len(same) // kept for number in range(kept)}
+        for number, item in enumerate(same):
+            if number not in fast:
+                item.add_marker(pytest.mark.slow)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("torch"):
         declare_torchvision_ops()
@@ -79,9 +94,12 @@ def missing(item: pytest.Item) -> str:
     return ""
 
 
-# After pytest's own -m and -k, so that only tests that would have run are counted.
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+@pytest.hookimpl(wrapper=True)
+def pytest_collection_modifyitems(
+    config: pytest.Config, items: list[pytest.Item]
+) -> Generator[None, None, None]:
+    mark_slow(items)
+    yield  # pytest's own -m and -k, so that only tests that would have run are counted
     reasons = {item: missing(item) for item in items}
     absent = [item for item in items if reasons[item]]
     left_out.update(reasons[item] for item in absent)

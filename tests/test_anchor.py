@@ -131,6 +131,7 @@ def test_anchors_stay_float32_whatever_a_run_computes_in():
     )
 
 
+@pytest.mark.slow
 def test_microbatches_are_exact_with_an_anchor_and_uneven_masks():
     """Masked language modelling with L2-SP: equal after 3 steps in 1 and 4 parts."""
     batch, results = text_batch(mlm=True), []

@@ -167,6 +167,7 @@ def adapt(base, name):
     ("name", "method", "optimizer"),
     [pytest.param(*c, marks=() if c in FAST else pytest.mark.slow) for c in CASES],
 )
+@pytest.mark.few(5)
 def test_the_losses_are_torchs(name, method, optimizer, tmp_path, request):
     no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     theirs = make_base(name, tmp_path, **(no_dropout if name == "Bert" else {}))

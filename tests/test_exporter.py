@@ -85,6 +85,7 @@ IN_TRANSFORMERS = {
 
 @pytest.mark.torch
 @pytest.mark.parametrize("name", IN_TRANSFORMERS)
+@pytest.mark.few(4)
 def test_transformers_opens_an_export_and_gives_the_same_logits(tmp_path, strict, name):
     import torch
     import transformers
@@ -112,6 +113,7 @@ def test_transformers_opens_an_export_and_gives_the_same_logits(tmp_path, strict
 
 @pytest.mark.torch
 @pytest.mark.parametrize("name", ["vit", "map", "resnet"])
+@pytest.mark.few(2)
 def test_timm_opens_an_export_and_gives_the_same_logits(tmp_path, timm, name):
     import torch
 
@@ -233,6 +235,7 @@ def test_variables_of_another_model_are_refused(tmp_path):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("arch", ["vit", "roberta"])
+@pytest.mark.few(1)
 def test_a_lora_in_half_precision_keeps_its_scale_and_the_base(tmp_path, arch, dtype):
     form = {"pad": 1, "types": 1, "pool": "pooler"} if arch == "roberta" else {}
     source = made("bert" if form else "vit", LABELS, **form)

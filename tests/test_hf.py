@@ -200,6 +200,7 @@ def variables_of(source, model, inputs):
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.few(12)
 def test_outputs_equal_torch(saved, name):
     import torch
 
@@ -372,6 +373,7 @@ GRADED = [
 
 
 @pytest.mark.parametrize("name", GRADED)
+@pytest.mark.few(5)
 def test_gradients_equal_torch_by_name(saved, name):
     import torch
 

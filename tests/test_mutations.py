@@ -168,6 +168,7 @@ def one_of_each(names, kind):
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.few(3)
 def test_damage_of_one_tensor_is_refused_with_its_name(weights, name):
     path = weights(name, NOTE, FIXTURE)
     pre, state = load(path), read(path)
@@ -269,6 +270,7 @@ def flipped(state, rng, *, bits=32):
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.few(2)
 def test_other_values_are_noticed(weights, name):
     path = weights(name)
     state = read(path)

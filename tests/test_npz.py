@@ -296,6 +296,7 @@ spellings = pytest.mark.parametrize(
 
 
 @spellings
+@pytest.mark.few(4)
 def test_outputs_equal_the_original(tmp_path, case, spell):
     (tokens, pooled, logits), arrays = original(case)
     source = open_npz_weights(save(tmp_path / "w.npz", spell(arrays) if spell else arrays))
@@ -335,6 +336,7 @@ def test_table_round_trip_is_bitwise(tmp_path, case, spell):
 
 
 @pytest.mark.parametrize("case", ["class", "map", "old, pre_logits", "bit"])
+@pytest.mark.few(2)
 def test_gradients_equal_the_original(tmp_path, case):
     _, arrays = original(case)
     source, pixels = open_npz_weights(save(tmp_path / "w.npz", arrays)), pixels_of(case)

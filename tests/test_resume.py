@@ -185,6 +185,7 @@ def test_a_finished_run_says_so_and_changes_nothing(vit, capsys):
 
 
 @pytest.mark.parametrize("name", ["vit", "resnet"])
+@pytest.mark.few(1)
 def test_eval_gives_the_result_to_the_last_digit(request, capsys, name):
     run = request.getfixturevalue(name)
     assert evaluated(run, capsys) == result_of(run)["test"]
@@ -307,6 +308,7 @@ def text_run(folder: Path, name: str, rows: list[dict[str, Any]], **more: Any) -
 
 
 @pytest.mark.once
+@pytest.mark.slow
 def test_pairs_of_texts_in_bfloat16_on_an_fsdp_mesh(folder, capsys):
     rows = [
         {"first": sentence(kind, i), "second": f"so {i}", "verdict": kind}
@@ -337,6 +339,7 @@ def test_pairs_of_texts_in_bfloat16_on_an_fsdp_mesh(folder, capsys):
 
 
 @pytest.mark.once
+@pytest.mark.slow
 def test_several_labels_a_text(folder):
     rows = [
         {"text": f"{sentence('good', i)} {'red' if i % 2 else 'blue'}",

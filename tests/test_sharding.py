@@ -95,6 +95,7 @@ ALL_CASES = [
         for case in ALL_CASES
     ],
 )
+@pytest.mark.few(4)
 def test_eight_devices_equal_one(model, strategy, mesh):
     (ours, losses), (theirs, references) = (
         trained(model, strategy, where) for where in (mesh, "one")
@@ -111,6 +112,7 @@ def test_eight_devices_equal_one(model, strategy, mesh):
         np.testing.assert_allclose(ours[path], leaf, rtol=0, atol=bound, err_msg=path)
 
 
+@pytest.mark.slow
 def test_random_initialisation_does_not_depend_on_the_mesh():
     model, batch = MODELS["vit"]
     born = []

@@ -53,6 +53,7 @@ def case(speed, kind, **other):
         ),
     ],
 )
+@pytest.mark.few(2)
 def test_both_sides_make_the_same_steps(speed, kind, method, low):
     # The first loss shows the weights, the next ones the gradients and the optimizer.
     runs = speed["pair"](case(speed, kind), method, 8, "cpu", False, low)

@@ -38,6 +38,7 @@ def swept(tmp_path_factory):
     return folder / "run"
 
 
+@pytest.mark.slow
 def test_each_head_is_trained_as_if_alone(swept, tmp_path):
     found = json.loads((swept / "sweep.json").read_text())
     trials = {(one["read"], one["lr"], one["decay"]): one["scores"] for one in found["trials"]}

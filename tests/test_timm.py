@@ -153,6 +153,7 @@ def test_a_file_alone_tells_the_same_but_for_what_is_named_as_assumed(saved, tmp
 
 
 @pytest.mark.parametrize("case", ["layer scale", "map", "bottleneck", "deep stem, averaging"])
+@pytest.mark.few(2)
 def test_gradients_equal_timm(saved, case):
     import torch
 
