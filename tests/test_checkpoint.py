@@ -23,6 +23,8 @@ from tljax.state import first_state
 from tljax.tree import flatten, unflatten
 from tljax.types import BadInput
 
+pytestmark = pytest.mark.once
+
 ROOT = Path(__file__).parent.parent
 HOME = jax.sharding.SingleDeviceSharding(jax.devices()[0])
 

@@ -19,6 +19,8 @@ from tljax.lock import locked
 from tljax.preemption import AGAIN, Preempted, Signals
 from tljax.types import BadInput
 
+pytestmark = pytest.mark.once
+
 RUN = {"steps": 12, "batch": 16, "save_every": 5, "log_every": 3, "eval_every": 4}
 VALUES = {"data": DIGITS, "model": VIT, "strategy": {"name": "scratch"}, "run": RUN}
 # Sends itself a signal at a place of the run; the same process would hear it anywhere.
