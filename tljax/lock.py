@@ -20,9 +20,12 @@ def locked(folder: Path) -> Iterator[None]:
     """Hold a folder's lock, which names host and process; one that nobody holds is taken over.
 
     A process of this host is looked for; one of another host has to touch its lock to keep it.
-    Raises: BadInput if another process holds it.
+    Raises: BadInput if another process holds it, or it is no folder.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise BadInput(f"{folder} is a file, or lies below one; give a folder") from None
     path, host, pid = folder / NAME, socket.gethostname(), os.getpid()
     while not _create(path, {"host": host, "pid": pid, "started": started(pid)}):
         _take_over(path, host)

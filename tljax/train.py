@@ -423,8 +423,6 @@ def claim(experiment: Experiment, workdir: Path, command: str) -> None:
         return
     if found := [name for name in (METRICS, "checkpoints") if (workdir / name).exists()]:
         raise BadInput(f"{workdir} has {found[0]} but no {RECORD}; give another --workdir")
-    if workdir.exists() and not workdir.is_dir():
-        raise BadInput(f"{workdir} is a file; --workdir names a folder")
     workdir.mkdir(parents=True, exist_ok=True)
     device = jax.devices()[0]
     record = {
