@@ -17,6 +17,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from safetensors.numpy import load_file
 
+from tljax.__main__ import main
 from tljax.checkpoint import Checkpoints, read_tree, write_json
 from tljax.manifest import hashes
 from tljax.state import first_state
@@ -259,6 +260,11 @@ def test_where_no_step_is_whole_a_run_does_not_begin_anew(saved, tmp_path, capsy
         run.restore(abstract(make_state()))
     assert "set aside as" in capsys.readouterr().err
     run.close()
+    again = Checkpoints(tmp_path / "checkpoints", keep=2)
+    assert again.latest() is None
+    with pytest.raises(BadInput, match="never begins anew"):
+        again.require_new()
+    again.close()
 
 
 def test_a_reader_of_a_damaged_step_changes_nothing_and_names_the_others(saved, tmp_path):
@@ -291,12 +297,38 @@ def test_every_kind_of_leaf_has_a_hash(dtype):
     assert hashes(jnp.zeros((0, 3), dtype))[""].tolist() == [0, 0]
 
 
+def test_the_commands_look_into_a_run(saved, tmp_path, capsys):
+    shutil.copytree(saved[0], tmp_path / "run")
+    run = str(tmp_path / "run")
+
+    def said(*words):
+        capsys.readouterr()
+        code = main(["ckpt", *words])
+        found = capsys.readouterr()
+        return code, found.out + found.err
+
+    code, text = said("ls", run)
+    assert code == 0 and [line.split()[0] for line in text.splitlines()] == ["step", "3", "5"]
+    assert said("verify", run) == (0, "step 3: whole\nstep 5: whole\n")
+    code, text = said("diff", f"{run}@3", run)
+    assert code == 0 and text.startswith("step: int32[]\n") and text.count("\n") == 2
+    assert said("diff", f"{run}@4", run)[0] == said("ls", str(tmp_path))[0] == 2
+    damage(tmp_path / "run" / "checkpoints" / "3" / "_METADATA", "halved")
+    code, text = said("verify", run)
+    assert code == 1 and "step 3: _METADATA" in text and "step 5: whole" in text
+    code, text = said("prune", run)
+    assert (code, text) == (0, "removed: 3; left: [5]\n")
+
+
 def test_the_best_steps_stay_beside_the_newest(tmp_path):
     run = Checkpoints(tmp_path / "checkpoints", keep=1, best=1)
     for step, score in ((1, 0.5), (2, 0.9), (3, None), (4, 0.7)):
         run.save(step, make_state(step), score)
     run.wait()
     assert run.steps() == [2, 4]
+    run.close()
+    run = Checkpoints(tmp_path / "checkpoints", keep=1, best=3)  # more than have a score
+    assert run.prune() == []
     run.close()
 
 

@@ -37,6 +37,11 @@ def test_an_average_is_a_sum_of_weighted_leaves():
     np.testing.assert_array_equal(weighted(trees[:2], (0.0, 1.0))["x"]["y"], trees[1]["x"]["y"])
 
 
+def test_what_has_no_weight_is_not_read():
+    trees = [{"x": np.ones(3, np.float32)}, {"x": np.full(3, np.nan, np.float32)}]
+    np.testing.assert_array_equal(weighted(trees, (1.0, 0.0))["x"], 1)
+
+
 def test_half_precision_is_averaged_in_float32():
     ones = {"x": np.ones(3, np.float16)}
     tiny = {"x": np.full(3, 1 + 2**-10, np.float16)}

@@ -118,7 +118,6 @@ def run(arguments: argparse.Namespace, overrides: dict[str, str], signals: Signa
     from tljax import inference, plan, train
     from tljax.build import build, precision, read_config
     from tljax.checkpoint import to_json
-    from tljax.lock import locked
 
     if arguments.verb in ("train", "inspect"):
         config = read_config(arguments.config, overrides)
@@ -159,8 +158,7 @@ def run(arguments: argparse.Namespace, overrides: dict[str, str], signals: Signa
         if arguments.what == "diff":
             print(ckpt.diff(arguments.one, arguments.other))
         elif arguments.what == "prune":
-            with locked(arguments.run):
-                print(ckpt.prune(arguments.run, max(arguments.keep, 1), arguments.best))
+            print(ckpt.prune(arguments.run, max(arguments.keep, 1), arguments.best))
         else:
             print({"ls": ckpt.ls, "verify": ckpt.verify}[arguments.what](arguments.run))
     elif arguments.verb == "predict":
@@ -201,7 +199,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"tljax: {error}", file=sys.stderr)
         return 2 if isinstance(error, BadInput | FileNotFoundError) else 1
     except Preempted as error:
-        print(f"tljax: {error}: saved; the same command goes on", file=sys.stderr)
+        print(f"tljax: {error}: nothing is lost; the same command goes on", file=sys.stderr)
         return AGAIN
     except KeyboardInterrupt:
         print("tljax: interrupted; a run goes on from its last save", file=sys.stderr)

@@ -24,12 +24,11 @@ import safetensors.numpy
 from jax.experimental import multihost_utils
 
 from tljax import manifest
-from tljax.preemption import Preempted
 from tljax.tree import flatten, join, unflatten
 from tljax.types import BadInput, Tree
 
 DAMAGED, SAVING, TEMPORARY = "damaged", ".saving", ".orbax-checkpoint-tmp"
-FAILURES = (Preempted, PermissionError, MemoryError, jax.errors.JaxRuntimeError)
+FAILURES = (PermissionError, MemoryError, jax.errors.JaxRuntimeError)
 """What is no damage of a step that cannot be read."""
 
 
@@ -68,8 +67,17 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """List the steps that are there, oldest first; whether they are whole, restoring says."""
-        names = [path.name for path in self.folder.iterdir() if path.is_dir()]
-        return sorted(int(name) for name in names if name.isdecimal())
+        names = {path.name for path in self.folder.iterdir()}
+        whole = [name for name in names if name.isdecimal() and f"{name}{SAVING}" not in names]
+        return sorted(map(int, whole))
+
+    def require_new(self) -> None:
+        """Raise BadInput if steps were saved here once, and all of them are set aside."""
+        if any((self.folder / DAMAGED).glob("*")):
+            raise BadInput(
+                f"no step in {self.folder} is whole, see {DAMAGED}: a run never begins anew by "
+                "itself; give another --workdir"
+            )
 
     def latest(self) -> int | None:
         """Return the newest step, None if there is none."""
@@ -121,14 +129,16 @@ class Checkpoints:
             self.wait()
         finally:
             self._thread.shutdown()
-            if "_writer" in self.__dict__:
-                self._writer.close()
+            if writer := self.__dict__.pop("_writer", None):
+                writer.close()
 
     def prune(self) -> list[int]:
         """Remove what is neither among the newest steps nor among the best; returns the steps."""
         steps = self.steps()
         scores = {step: x for step in steps if (x := self.told(step).get("score")) is not None}
-        best = sorted(scores, key=lambda step: (scores[step], step))[len(scores) - self._best :]
+        best = sorted(scores, key=lambda step: (scores[step], step))[
+            max(len(scores) - self._best, 0) :
+        ]
         gone = [step for step in steps[: -(self._keep or len(steps))] if step not in best]
         for step in gone:
             self.remove(step)
@@ -217,9 +227,7 @@ class Checkpoints:
                 return read(step, manifest.read(self.folder / str(step)))
             except BadInput as error:
                 raise BadInput(f"checkpoint of step {step} in {self.folder}: {error}") from None
-            except FAILURES:
-                raise
-            except Exception as error:  # tensorstore raises bare ones with a page of text
+            except manifest.Damaged as error:
                 reasons.append(f"checkpoint of step {step} in {self.folder}: {first_line(error)}")
             if self._keep is None:
                 break
@@ -237,9 +245,11 @@ class Checkpoints:
         """Rename a damaged step, and write why; returns its new folder."""
         place = self.folder / DAMAGED
         place.mkdir(exist_ok=True)
-        number = len(list(place.glob(f"{step}-*")))
-        moved = (self.folder / str(step)).rename(place / f"{step}-{number}")
-        write_text(place / f"{step}-{number}.txt", f"{reason}\n")
+        moved = place / f"{step}-{len(list(place.glob(f'{step}-*.txt')))}"
+        write_text(moved.with_suffix(".txt"), f"{reason}\n")
+        if jax.process_index() == 0:
+            (self.folder / str(step)).rename(moved)
+        multihost_utils.sync_global_devices("step set aside")
         return moved
 
     def save_frozen(self, tree: Tree) -> str:
@@ -248,7 +258,8 @@ class Checkpoints:
         Runs beside this one share the file by a hard link where they have it.
         """
         leaves = multihost_utils.process_allgather(flatten(tree), tiled=True)
-        content, self._frozen = safetensors.numpy.save(leaves), digest_of(leaves)
+        content = safetensors.numpy.save(leaves)
+        self._frozen = hashlib.sha256(content).hexdigest()[:32]
         path = self._frozen_file(self._frozen)
         if jax.process_index() == 0 and not _holds(path):
             if path.exists():
@@ -309,10 +320,11 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 def _holds(path: Path) -> bool:
     """Tell whether a file's content is what it is named by."""
-    if not path.exists():
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()[:32] == path.stem
+    except OSError:
         return False
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()[:32] == path.stem
 
 
 def _linked(twin: Path, path: Path) -> bool:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from tljax import manifest
 from tljax.checkpoint import DAMAGED, Checkpoints
+from tljax.lock import locked
 from tljax.types import BadInput, RunFailed
 
 
@@ -58,21 +59,32 @@ def diff(one: str, other: str) -> str:
 
 
 def leaves_of(name: str) -> dict[str, list[object]]:
-    """Return the leaves of a manifest: the newest one's of RUN, or that of RUN@STEP."""
-    run, _, step = name.partition("@")
+    """Return the leaves of a manifest: the newest one's of RUN, or that of RUN@STEP.
+
+    The frozen tree is one of them, by the hash of its content.
+    """
+    run, _, step = name.rpartition("@") if "@" in name else (name, "", "")
     with contextlib.closing(opened(Path(run))) as checkpoints:
         steps = checkpoints.steps()
         if not steps or (step and step not in map(str, steps)):
             raise BadInput(f"{name}: there is no such step; saved are {steps}")
         folder = checkpoints.folder / (step or str(steps[-1]))
     try:
-        return dict(manifest.read(folder)["leaves"])
+        told = manifest.read(folder)
+        return told["leaves"] | {"the frozen tree": ["", "", told["frozen"]]}
     except manifest.Damaged as error:
         raise BadInput(f"{name}: {error}") from None
 
 
 def prune(run: Path, keep: int, best: int) -> str:
-    """Remove all steps but the newest and the best ones."""
-    with contextlib.closing(opened(run, keep, best)) as checkpoints:
+    """Remove all steps but the newest and the best ones.
+
+    Raises: RunFailed if the newest one is damaged: nothing is removed then.
+    """
+    opened(run).close()
+    with locked(run), contextlib.closing(opened(run, keep, best)) as checkpoints:
+        newest = checkpoints.latest()
+        if newest is not None and (wrong := checkpoints.check(newest)):
+            raise RunFailed(f"nothing is removed: the newest step, {newest}, is damaged: {wrong}")
         gone = checkpoints.prune()
         return f"removed: {', '.join(map(str, gone)) or 'nothing'}; left: {checkpoints.steps()}"

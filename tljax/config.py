@@ -3,6 +3,7 @@
 A config file names only what differs from these defaults.
 """
 
+import math
 from typing import Annotated, Any, Literal
 
 from pydantic import (
@@ -118,7 +119,8 @@ class Run(Section):
     save_every: Positive | None = None  # steps; None: at the end only
     keep: Positive = 2  # newest checkpoints
     keep_best: Count = 0  # checkpoints beside them, of the best validation at a save
-    max_skipped: Positive = 20  # steps in a row whose loss or gradient is not finite; then it stops
+    max_skipped: Positive = 20  # steps in a row whose loss or gradient is not finite: it stops,
+    # if they are still in a row where the log is written
     spike: Annotated[float, Field(gt=1)] | None = None  # an interval's loss over the median of the
     # five before it: from there on a run goes back to its last good save, and skips the batches
     ema: Annotated[float, Field(gt=0, lt=1)] | None = None  # decay of an average that evaluates
@@ -173,6 +175,15 @@ class Config(Section):
         low, high = self.data.augment.crop_scale or (1.0, 1.0)
         if low > high:
             raise ValueError(f"data.augment.crop_scale is (low, high), given ({low}, {high})")
+        evaluates, saves = self.run.eval_every, self.run.save_every
+        if self.run.keep_best and not (
+            evaluates and saves and math.lcm(evaluates, saves) < self.run.steps
+        ):
+            raise ValueError(
+                "run.keep_best keeps saves that are evaluated: give run.eval_every and "
+                f"run.save_every a common multiple below run.steps ({self.run.steps}); given "
+                f"{evaluates} and {saves}"
+            )
         if self.optim.warmup >= self.run.steps and self.optim.warmup > 0:
             raise ValueError(
                 f"optim.warmup ({self.optim.warmup} steps) must be shorter than run.steps"

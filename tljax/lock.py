@@ -6,12 +6,13 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tljax.types import BadInput
 
 NAME = "lock.json"
+Holder = dict[str, str | int]
 BEAT, STALE = 10.0, 60.0  # seconds: a lock is touched so often, and is nobody's after so long
 
 
@@ -26,62 +27,101 @@ def locked(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         raise BadInput(f"{folder} is a file, or lies below one; give a folder") from None
-    path, host, pid = folder / NAME, socket.gethostname(), os.getpid()
-    while not _create(path, {"host": host, "pid": pid, "started": started(pid)}):
-        _take_over(path, host)
+    pid = os.getpid()
+    mine: Holder = {
+        "host": socket.gethostname(),
+        "space": _space(),
+        "pid": pid,
+        "started": started(pid),
+    }
+    path = folder / NAME
+    while not _create(path, mine):
+        _take_over(path, mine)
     ended = threading.Event()
-    beating = threading.Thread(target=_beat, args=(path, ended), daemon=True)
+    beating = threading.Thread(target=_beat, args=(path, mine, ended), daemon=True)
     beating.start()
     try:
         yield
     finally:
         ended.set()
         beating.join()
-        path.unlink(missing_ok=True)
+        if _read(path) == mine:  # and nobody has taken it over
+            path.unlink(missing_ok=True)
 
 
-def _create(path: Path, content: dict[str, object]) -> bool:
+def _create(path: Path, mine: Holder) -> bool:
     try:
         handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
     except FileExistsError:
         return False
-    with os.fdopen(handle, "w") as file:
-        json.dump(content, file)
+    try:
+        with os.fdopen(handle, "w") as file:
+            json.dump(mine, file)
+    except OSError:  # a full disk: an empty lock would be in the way
+        path.unlink(missing_ok=True)
+        raise
     return True
 
 
-def _take_over(path: Path, host: str) -> None:
+def _read(path: Path) -> Holder:
+    """Read who holds a lock: {} for one that is not whole, or not there."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _take_over(path: Path, mine: Holder) -> None:
     """Remove a lock whose holder is gone; raises BadInput if it is not."""
     try:
         age = time.time() - path.stat().st_mtime
-        holder = json.loads(path.read_text() or "{}")
     except FileNotFoundError:  # given back just now
         return
-    except ValueError:
-        holder = {}
-    known = {"host", "pid", "started"} <= holder.keys()
-    here = known and holder["host"] == host
-    alive = started(holder["pid"]) == holder["started"] if here else age < STALE
+    holder = _read(path)
+    here = bool(holder) and all(holder.get(name) == mine[name] for name in ("host", "space"))
+    if here:
+        alive = started(int(holder["pid"])) == holder["started"]
+        advice = ""
+    else:
+        alive = age < STALE
+        advice = f"; a lock that is not touched for {STALE:.0f} s is nobody's"
     if alive:
-        who = f"process {holder['pid']} on {holder['host']}" if known else "another process"
+        who = f"process {holder['pid']} on {holder['host']}" if holder else "another process"
         raise BadInput(
-            f"{path.parent} is in use by {who}: wait for it, or give another --workdir; "
-            f"a lock that is not touched for {STALE:.0f} s is nobody's ({path})"
+            f"{path.parent} is in use by {who} ({path}): wait for it, or give another "
+            f"--workdir{advice}"
         )
-    print(f"{path}: its process is gone; taken over")
-    path.unlink(missing_ok=True)
+    gone = path.with_name(f"{NAME}.{os.getpid()}")
+    with suppress(FileNotFoundError):  # another process was faster
+        path.rename(gone)
+        if _read(gone) == holder:
+            print(f"{path}: its process is gone; taken over")
+            gone.unlink()
+        else:  # what was renamed is a new holder's
+            gone.rename(path)
 
 
-def _beat(path: Path, ended: threading.Event) -> None:
+def _beat(path: Path, mine: Holder, ended: threading.Event) -> None:
     while not ended.wait(BEAT):
-        if path.exists():
-            os.utime(path)
+        with suppress(OSError):
+            if _read(path) == mine:
+                os.utime(path)
+
+
+def _space() -> str:
+    """Name the space that process numbers are counted in: a container has its own."""
+    try:
+        return os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return ""
 
 
 def started(pid: int) -> str:
-    """Tell a process from a later one of its number, "" if there is none of it."""
+    """Tell a process from a later one of its number, "" if there is none of it, or a zombie."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return "" if fields[0] in "ZX" else fields[19]
     except OSError:
         pass
     if Path("/proc/self").exists():

@@ -79,10 +79,11 @@ def write(folder: Path, content: Mapping[str, Any]) -> None:
     for path in [folder / name for name in files] + [p for p in folder.rglob("*") if p.is_dir()]:
         sync(path)
     whole = dict(content) | {"files": files}
-    with open(folder / NAME, "w") as file:
+    with open(folder / f"{NAME}.tmp", "w") as file:
         json.dump(whole | {"sum": _sum(whole)}, file)
         file.flush()
         os.fsync(file.fileno())
+    os.replace(folder / f"{NAME}.tmp", folder / NAME)
     sync(folder)
 
 

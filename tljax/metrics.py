@@ -205,10 +205,13 @@ class Logger:
     """Scalars to metrics.jsonl, event files, and stdout: a bar (terminal) or plain lines.
 
     `resumed` is the restored step: what was logged after it is dropped, so that every step is
-    there once.  None starts empty.  Only the first process writes.
+    there once; with `again` so are the evaluations at it.  None starts empty.  Only the first
+    process writes.
     """
 
-    def __init__(self, workdir: str | Path, total: int, resumed: int | None = None):
+    def __init__(
+        self, workdir: str | Path, total: int, resumed: int | None = None, again: bool = False
+    ):
         # Not at the top: it imports torch where torch is installed, which takes seconds.
         from tensorboardX import SummaryWriter
 
@@ -217,6 +220,7 @@ class Logger:
         if self._active:
             Path(workdir).mkdir(parents=True, exist_ok=True)
             last = -1 if resumed is None else resumed
+            self._repeated = {total, last} if again else {total}
             self._file = open(Path(workdir) / "metrics.jsonl", "a+")  # noqa: SIM115
             self._file.seek(0)
             # Steps only grow, so what is kept is a prefix; a line that a kill cut off goes too.
@@ -228,9 +232,9 @@ class Logger:
             self._bar = tqdm(total=total, initial=first, file=sys.stdout, disable=plain)
 
     def _ends(self, line: str) -> bool:
-        """Tell whether a line is of the evaluation at the end, which a resumed run repeats."""
+        """Tell whether a line is of an evaluation that a resumed run repeats: that at the end."""
         row = json.loads(line)
-        return row["step"] == self._total and any("/" in name for name in row)
+        return row["step"] in self._repeated and any("/" in name for name in row)
 
     def advance(self, step: int) -> None:
         """Move the bar; costs nothing elsewhere."""

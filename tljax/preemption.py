@@ -8,7 +8,7 @@ from types import FrameType
 from typing import Any
 
 AGAIN = 85
-"""Exit code of a run that was asked to stop, and has saved: run the same command again."""
+"""Exit code of a run that was asked to stop, and lost nothing: run the same command again."""
 
 
 class Preempted(Exception):

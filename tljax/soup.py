@@ -42,7 +42,7 @@ def weighted(trees: Sequence[Tree], weights: Sequence[float]) -> Tree:
             if leaf.shape != other[path].shape:
                 shapes = f"{leaf.shape} in tree 1, {other[path].shape} in tree {number}"
                 raise BadInput(f"{path} is {shapes}: expected trees of equal structure")
-    shares = [(np.float32(w), one) for w, one in zip(weights, leaves, strict=True)]
+    shares = [(np.float32(w), one) for w, one in zip(weights, leaves, strict=True) if w]
     mean = lambda path: sum(w * np.asarray(one[path], np.float32) for w, one in shares)  # noqa: E731
     return unflatten({path: mean(path) for path in first})
 

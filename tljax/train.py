@@ -38,14 +38,9 @@ from tljax.types import BadInput, Batch, RunFailed, Tree
 
 PACKAGES = ("tljax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
 METRICS, TABLES, SKIPPED = "metrics.jsonl", "tables.txt", "skipped.json"
-JUDGED, REWINDS = 5, 5  # intervals whose median a loss is compared with; returns of a run at most
-FREE = (
-    "run/threads",
-    "run/keep",
-    "run/keep_best",
-    "run/log_every",
-    "run/max_skipped",
-)  # a run may go on with others: no bit changes
+JUDGED, REWINDS = 5, 5  # intervals whose median a loss is compared with; returns at most
+FREE = ("run/threads", "run/max_skipped", "run/keep", "run/keep_best", "run/log_every")
+"""A run may go on with others: no bit changes; with `run.spike` those after the second decide."""
 
 
 def tables(experiment: Experiment) -> str:
@@ -73,6 +68,7 @@ def begin(experiment: Experiment, checkpoints: Checkpoints) -> tuple[State, Tree
     state, frozen = experiment.birth(jax.random.key(experiment.config.seed))
     checkpoints.save_frozen(frozen)
     if checkpoints.latest() is None:
+        checkpoints.require_new()
         return state, frozen
     return checkpoints.restore(experiment.abstract[0]), frozen
 
@@ -233,10 +229,12 @@ class Intervals:
         self.logger.write(step, values)
         if int(row) >= self.run.max_skipped:
             raise NotFinite(step, int(row))
-        before, self.losses = self.losses, [*self.losses, values["loss"]][-JUDGED:]
-        most = self.run.spike * np.median(before) if self.run.spike and before else np.inf
-        if len(before) == JUDGED and not values["loss"] <= most:
-            raise Spiked(step, step - self.run.log_every)
+        if not np.isfinite(loss := values["loss"]):  # all of it was skipped
+            return
+        before, self.losses = self.losses, [*self.losses, loss][-JUDGED:]
+        full = self.run.spike is not None and len(before) == JUDGED
+        if full and loss > self.run.spike * np.median(before):
+            raise Spiked(step, (step - 1) // self.run.log_every * self.run.log_every)
 
     def notes(self) -> dict[str, Any]:
         """Return what a checkpoint must hold of the logging, for it to go on as if never ended."""
@@ -257,7 +255,7 @@ def train(
     run, signals = experiment.config.run, signals or Signals()
     began = time.perf_counter()
     with ExitStack() as stack:
-        if jax.process_index() == 0:
+        if jax.process_index() == 0 and not (workdir / RESULT).exists():
             stack.enter_context(locked(workdir))
         claim(experiment, workdir, command)
         if (workdir / RESULT).exists():
@@ -286,7 +284,8 @@ def train(
                 born = rewind(experiment, checkpoints, spike)
         else:
             raise RunFailed(f"the loss rose suddenly {REWINDS} times: lower optim.lr")
-    write_json(workdir / RESULT, result | {"seconds": time.perf_counter() - began})
+        checkpoints.close()  # all is on the disk before the result says that the run is finished
+        write_json(workdir / RESULT, result | {"seconds": time.perf_counter() - began})
     return result
 
 
@@ -310,10 +309,11 @@ def go_on(
         name = next(iter(scores))
         return worth(name, scores[name])
 
-    with closing(Logger(workdir, run.steps, resumed=step or None)) as logger:
+    again = not notes.get("evaluated", True)  # a signal came in the middle of it
+    with closing(Logger(workdir, run.steps, step or None, again)) as logger:
         intervals = Intervals(logger, run, notes)
         try:
-            if not notes.get("evaluated", True):  # a signal came in the middle of it
+            if again:
                 evaluated = False
                 validate()
                 evaluated = True
@@ -336,8 +336,9 @@ def go_on(
                 tree = join(state.params, state.track, frozen)
                 result = finish(experiment, tree, logger)
         except Preempted:
-            with suppress(Spiked):  # which is seen again when the run goes on
-                intervals.flush()
+            with suppress(Spiked):  # which is seen again when the run goes on, as NotFinite is
+                with suppress(NotFinite):
+                    intervals.flush()
                 checkpoints.save(step, state, None, intervals.notes() | {"evaluated": evaluated})
             checkpoints.wait()
             raise
@@ -352,14 +353,16 @@ def go_on(
 def rewind(experiment: Experiment, checkpoints: Checkpoints, spike: Spiked) -> State:
     """Go back to the last save before a spike of the loss, and skip the batches since then."""
     checkpoints.wait()
-    for step in checkpoints.steps():
+    steps = checkpoints.steps()
+    if not any(step <= spike.good for step in steps):
+        raise RunFailed(
+            f"the loss rose suddenly by step {spike.step}, and nothing that was saved before is "
+            "left: in another folder, save more often (run.save_every), keep more (run.keep), "
+            "lower optim.lr, or leave out run.spike"
+        )
+    for step in steps:
         if step > spike.good:
             checkpoints.set_aside(step, f"the loss had risen suddenly by step {spike.step}")
-    if checkpoints.latest() is None:
-        raise RunFailed(
-            f"the loss rose suddenly by step {spike.step}, and nothing was saved before: set "
-            "run.save_every, lower optim.lr, or leave out run.spike"
-        )
     state = checkpoints.restore(experiment.abstract[0])
     count = spike.step - int(state.step)
     print(f"the loss rose suddenly by step {spike.step}: on from step {int(state.step)}, without "
@@ -410,8 +413,9 @@ def claim(experiment: Experiment, workdir: Path, command: str) -> None:
     if (workdir / RECORD).exists():
         before = read_record(workdir)
         old, new = flatten(before["config"]), flatten(config)
+        free = FREE if experiment.config.run.spike is None else FREE[:2]
         differs = sorted(
-            k for k in old.keys() | new.keys() if old.get(k) != new.get(k) and k not in FREE
+            k for k in old.keys() | new.keys() if old.get(k) != new.get(k) and k not in free
         )
         differs += ["weights (content)"] if before["digest"] != experiment.digest else []
         if differs:
