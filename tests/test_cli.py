@@ -273,6 +273,7 @@ def test_a_picture_that_is_cut_off_is_named_at_the_start(config, tmp_path):
     assert f"{bad} cannot be decoded" in message
 
 
+@pytest.mark.slow
 def test_weights_whose_shapes_differ_are_refused(config, run, tmp_path):
     words = ["--config.data.image_size=16", f"--config.weights={run}"]
     wider = ["--config.model.width=64", "--config.model.heads=2"]

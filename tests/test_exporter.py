@@ -142,6 +142,7 @@ def test_an_npz_comes_back_as_it_was(tmp_path):
 
 @pytest.mark.torch
 @pytest.mark.parametrize("naming", ["4", "5"])
+@pytest.mark.few(1)
 def test_a_lora_goes_to_peft_and_comes_back(tmp_path, peft, strict, naming):
     import torch
     import transformers
@@ -284,6 +285,7 @@ def get_config():
 """
 
 
+@pytest.mark.slow
 def test_a_run_is_exported_with_its_own_facts(tmp_path, capsys):
     (tmp_path / "config.py").write_text(CONFIG)
     words = [f"--config={tmp_path / 'config.py'}", f"--workdir={tmp_path / 'run'}"]

@@ -156,7 +156,7 @@ EXACT = ["last_k", "bert probe", "bert last_k", "resnet with fixed statistics"]
 
 
 @pytest.mark.parametrize("name", EXACT)
-@pytest.mark.few(5)
+@pytest.mark.few(2)
 def test_loss_and_gradients_from_the_cut_are_those_on_the_fly(name):
     model, batch, word, more, _ = PLACES[name]
     steps, args = both_ways(model, batch, word, **more)
@@ -423,7 +423,7 @@ def on_the_fly(tmp_path_factory):
 
 
 @pytest.mark.parametrize("room", [0, 1 << 30])
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_a_run_from_features_is_the_run_on_the_fly_and_goes_on_to_the_bit(
     room, on_the_fly, tmp_path, capsys, monkeypatch
 ):

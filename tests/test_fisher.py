@@ -154,6 +154,7 @@ def run(tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_a_run_writes_it_for_every_parameter_and_ewc_starts_from_it(run, tmp_path):
     source = open_run(run)
     found = read_fisher(source)

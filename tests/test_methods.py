@@ -186,7 +186,7 @@ def saved(name):
 
 
 @pytest.mark.parametrize("case", LORA)
-@pytest.mark.few(9)
+@pytest.mark.few(6)
 def test_lora_and_its_relatives_equal_peft(case, get_peft, tmp_path):
     name, settings, options = LORA[case]
     base = make_base(name, tmp_path)

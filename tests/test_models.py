@@ -1069,6 +1069,7 @@ def test_the_exact_gelu_is_not_the_tanh_one():
         ("bert", {"pool": "pooler", "pooler_activation": "tan"}, "tanh"),
     ],
 )
+@pytest.mark.few(2)
 def test_a_wrong_field_is_answered_with_the_right_name(kind, fields, named):
     model, inputs = build(kind, **fields)
     with pytest.raises(BadInput, match=named):

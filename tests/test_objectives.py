@@ -150,6 +150,7 @@ MODELS = {
 
 
 @pytest.mark.parametrize("name", list(MODELS))
+@pytest.mark.few(2)
 def test_bfloat16_compute_gives_float32_losses(name):
     model, batch = MODELS[name]
     task = name if name in LOSSES else "classify"

@@ -153,7 +153,8 @@ def resnet(folder) -> Path:
     return folder / "resnet"
 
 
-@pytest.mark.parametrize("name", ["vit", pytest.param("resnet", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", ["vit", "resnet"])
+@pytest.mark.slow
 def test_a_killed_run_ends_with_the_same_bits(folder, request, name):
     whole = request.getfixturevalue(name)
     workdir = folder / f"{name}-killed"
@@ -223,6 +224,7 @@ def test_an_averaged_run_is_a_source_by_its_average(vit):
     assert not np.array_equal(kernel, average["head/kernel"]), "the average is not the last value"
 
 
+@pytest.mark.slow
 def test_a_run_is_adapted_by_lora_and_keeps_its_head(folder, vit, capsys):
     capsys.readouterr()
     train(
@@ -354,6 +356,7 @@ def test_several_labels_a_text(folder):
 
 
 @pytest.mark.once
+@pytest.mark.slow
 def test_a_number_a_text(folder, capsys):
     rows = [{"text": sentence("good", i), "label": i / 7} for i in range(120)]
     result = text_run(folder, "number", rows, run={"steps": 3, "batch": 16})

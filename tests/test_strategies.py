@@ -167,6 +167,7 @@ def test_statistics_of_a_trained_network_are_tracked(name):
 
 
 @pytest.mark.once
+@pytest.mark.slow
 def test_fixed_statistics_stay_and_tracked_ones_move():
     for name, moves in (("probe", False), ("full", True)):
         run = assemble(RESNET, IMAGES, name)

@@ -74,6 +74,7 @@ def test_the_best_on_validation_is_a_finished_run(swept, capsys):
 @pytest.mark.parametrize(
     "strategy, first", [({"name": "probe"}, 0), ({"name": "last_k", "k": 1}, 1)]
 )
+@pytest.mark.slow
 def test_several_depths_cost_one_pass_of_the_deepest(strategy, first):
     """One, two and three frozen blocks: below a head, or below a block that is trained."""
     values = VALUES | {"run": {"steps": 12, "batch": 16, "features": "on"}, "strategy": strategy}
