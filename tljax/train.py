@@ -210,7 +210,7 @@ class Intervals:
     def add(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
         """Take one step's metrics, and log the interval that ended before it.
 
-        Raises: RunFailed for too many steps in a row that were not finite, or Spiked.
+        Raises: NotFinite for too many steps in a row, or Spiked.
         """
         self.flush()
         values = {name: x for name, x in metrics.items() if name != "in_a_row"}
