@@ -24,7 +24,7 @@ ORDER = [
     {"edits", "models", "objectives", "step"},
     {"weights"},
     {"checkpoint", "data", "metrics", "strategies"},
-    {"evaluate", "features", "proof", "source"},
+    {"evaluate", "features", "intervals", "proof", "source"},
     {"assembly", "fisher"},
     {"build", "pretrained"},
     {"plan"},

@@ -167,7 +167,7 @@ def test_a_run_whose_loss_is_never_finite_stops_and_names_the_examples(tmp_path,
 
 
 def test_a_spike_of_the_loss_goes_back_and_skips_the_batches(tmp_path, capsys, monkeypatch):
-    from tljax import train as loop
+    from tljax import intervals as loop
 
     real = loop.averages
     calls = []
