@@ -3,6 +3,11 @@
 Gradient norm, clipping and an average of the weights are on, and in the bounds of FLOPS gradients
 are accumulated over two microbatches.  A bound that is broken names a cost that came back: mend its
 cause.
+
+FLOPs are those of eight examples a microbatch.  At two, what norm, clipping, AdamW and average do
+with each parameter is 1 % of full fine-tuning, and the ratios fall below those of the products:
+.3286, .6660 and .4398 for the first three of FLOPS.  They are .3322, .6734 and .4429 at eight, and
+.3338, .6757 and .4444 at 32: the bound of `lora` is just below its products' own limit.
 """
 
 import functools
@@ -23,6 +28,8 @@ from tljax.tree import flatten, split
 pytestmark = pytest.mark.once
 
 DEPTH, LAST_K = 12, (1 + 2 * 2 / 12) / 3
+EXAMPLES = 8
+"""In a microbatch."""
 FLOPS = {
     "probe": (0.32, 0.340),
     "lora": (0.64, 0.675),  # rank 8 on query and value
@@ -89,8 +96,8 @@ def assembled(case, depth, devices, compute="float32", **run):
 
 @functools.cache
 def here(case, depth, microbatches=1):
-    """The experiment on one device of this machine, two examples a microbatch; and its step."""
-    run = {"batch": 2 * microbatches, "microbatches": microbatches, "ema": 0.999}
+    """The experiment on one device of this machine, and its step."""
+    run = {"batch": EXAMPLES * microbatches, "microbatches": microbatches, "ema": 0.999}
     built = assembled(case, depth, jax.devices()[:1], **run)
     return built, compiled(built, built.data.example_batch)
 
@@ -143,15 +150,15 @@ def test_every_method_is_at_its_own_floor(strategy, depth):
 
 def test_the_floor_of_full_fine_tuning_is_that_of_the_literature():
     """24 l d^2 + 4 l^2 d a block and image, thrice; patches twice, as images have no gradient."""
-    length, width, examples = 197, 768, 2
+    length, width = 197, 768
     blocks = 3 * 2 * (24 * length * width**2 + 4 * length**2 * width)
     patches, head = 2 * 2 * 196 * (16 * 16 * 3) * width, 3 * 2 * width * 10
-    assert floor_of("full", 2) == examples * (blocks + patches + head)
+    assert floor_of("full", 2) == EXAMPLES * (blocks + patches + head)
 
 
 @pytest.mark.parametrize("strategy", ["full", "probe"])
 def test_accumulating_gradients_costs_the_same_an_example(strategy):
-    """XLA counts the body of a scan once: here, of two, a microbatch of two examples."""
+    """XLA counts the body of a scan once: here, one of two microbatches."""
     assert flops(strategy, 2, microbatches=2) == pytest.approx(flops(strategy, 2), rel=0.01)
 
 
