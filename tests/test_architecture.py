@@ -19,7 +19,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 ORDER = [
     {"preemption", "types"},
     {"tree", "quantized"},
-    {"lock", "manifest", "ports"},
+    {"lock", "manifest", "meeting", "ports"},
     {"card", "config", "layers", "optim", "sharding", "state"},
     {"edits", "models", "objectives", "step"},
     {"weights"},

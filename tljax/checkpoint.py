@@ -24,6 +24,7 @@ import safetensors.numpy
 from jax.experimental import multihost_utils
 
 from tljax import manifest
+from tljax.meeting import agreeing
 from tljax.tree import flatten, join, unflatten
 from tljax.types import BadInput, Tree
 
@@ -50,6 +51,8 @@ class Checkpoints:
         elif jax.process_index() == 0:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._clean()
+        if keep is not None:
+            multihost_utils.sync_global_devices("checkpoints opened")
 
     @cached_property
     def _writer(self) -> ocp.AsyncCheckpointer:
@@ -224,15 +227,16 @@ class Checkpoints:
         reasons = []
         for step in reversed(steps):
             try:
-                return read(step, manifest.read(self.folder / str(step)))
+                told = self._checked(step)
+                with agreeing(manifest.Damaged):
+                    return read(step, told)
             except BadInput as error:
                 raise BadInput(f"checkpoint of step {step} in {self.folder}: {error}") from None
             except manifest.Damaged as error:
                 reasons.append(f"checkpoint of step {step} in {self.folder}: {first_line(error)}")
             if self._keep is None:
                 break
-            place = self.set_aside(step, reasons[-1])
-            print(f"{reasons[-1]}\nset aside as {place}", file=sys.stderr)
+            self.set_aside(step, reasons[-1])
         others = ", ".join(map(str, steps[:-1])) or "none"
         advice = (
             f"nothing was changed; move its folder away to use another step: {others}"
@@ -241,16 +245,21 @@ class Checkpoints:
         )
         raise BadInput("\n".join([*reasons, advice]))
 
-    def set_aside(self, step: int, reason: str) -> Path:
-        """Rename a damaged step, and write why; returns its new folder."""
-        place = self.folder / DAMAGED
-        place.mkdir(exist_ok=True)
-        moved = place / f"{step}-{len(list(place.glob(f'{step}-*.txt')))}"
-        write_text(moved.with_suffix(".txt"), f"{reason}\n")
+    def _checked(self, step: int) -> dict[str, Any]:
+        """Read a step's manifest in every process; the first one compares the files with it."""
+        with agreeing(manifest.Damaged):
+            return manifest.read(self.folder / str(step), files=jax.process_index() == 0)
+
+    def set_aside(self, step: int, reason: str) -> None:
+        """Rename a step, write why, and say it."""
         if jax.process_index() == 0:
+            place = self.folder / DAMAGED
+            place.mkdir(exist_ok=True)
+            moved = place / f"{step}-{len(list(place.glob(f'{step}-*.txt')))}"
+            write_text(moved.with_suffix(".txt"), f"{reason}\n")
             (self.folder / str(step)).rename(moved)
+            print(f"{reason}\nset aside as {moved}", file=sys.stderr)
         multihost_utils.sync_global_devices("step set aside")
-        return moved
 
     def save_frozen(self, tree: Tree) -> str:
         """Write the frozen leaves once, whole or not at all, and return their digest.

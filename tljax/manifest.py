@@ -105,8 +105,8 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def read(folder: Path) -> dict[str, Any]:
-    """Read a folder's manifest, and compare its files with it; raises Damaged."""
+def read(folder: Path, files: bool = True) -> dict[str, Any]:
+    """Read a folder's manifest, and compare its files with it if asked to; raises Damaged."""
     try:
         content = json.loads((folder / NAME).read_text())
         if content.pop("sum") != _sum(content):
@@ -115,18 +115,23 @@ def read(folder: Path) -> dict[str, Any]:
         raise Damaged(f"it has no {NAME}") from None
     except (ValueError, AttributeError, TypeError, KeyError):
         raise Damaged(f"{NAME} is damaged") from None
-    found, files = sizes(folder), {name: size for name, (size, _) in content["files"].items()}
-    for name in sorted(files.keys() | found.keys()):
-        if files.get(name) != found.get(name):
+    if files:
+        _compare(folder, content["files"])
+    return content
+
+
+def _compare(folder: Path, files: Mapping[str, list[Any]]) -> None:
+    found, saved = sizes(folder), {name: size for name, (size, _) in files.items()}
+    for name in sorted(saved.keys() | found.keys()):
+        if saved.get(name) != found.get(name):
             have, want = (
                 f"{n} bytes" if n is not None else "absent"
-                for n in (found.get(name), files.get(name))
+                for n in (found.get(name), saved.get(name))
             )
             raise Damaged(f"{name}: {have}, expected {want}")
-    for name, (_, digest) in content["files"].items():
+    for name, (_, digest) in files.items():
         if _digest(folder / name) != digest:
             raise Damaged(f"{name} is not what was saved: it has the right size and other bytes")
-    return content
 
 
 def require_fit(content: Mapping[str, Any], wanted: Any) -> None:

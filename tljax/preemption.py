@@ -1,11 +1,14 @@
-"""Signals: the first one asks a run to save and stop, a second one ends it at once."""
+"""Signals: the first one asks a run to save and stop, a second one ends it at once.
+
+Of several processes one alone may get the signal, and all must stop after the same step.
+"""
 
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 AGAIN = 85
 """Exit code of a run that was asked to stop, and lost nothing: run the same command again."""
@@ -13,6 +16,15 @@ AGAIN = 85
 
 class Preempted(Exception):
     """A signal asked for an end, at a place where nothing is half done."""
+
+
+class Meeting(Protocol):
+    """What several processes stop by: meeting.py."""
+
+    reason: str
+
+    def ask(self, reason: str) -> None: ...
+    def poll(self) -> bool: ...
 
 
 class Signals:
@@ -28,6 +40,7 @@ class Signals:
         self.asked: str | None = None
         self._waiting = False
         self._before: dict[int, Any] = {}
+        self._meeting: Meeting | None = None
 
     def __enter__(self) -> "Signals":
         """Take the signals."""
@@ -40,21 +53,35 @@ class Signals:
         for one, handler in self._before.items():
             signal.signal(one, handler)
 
+    def share(self, meeting: Meeting) -> None:
+        """Stop together with other processes from now on; each of them calls this."""
+        self._meeting = meeting
+        if self.asked:
+            meeting.ask(self.asked)
+
     def _hear(self, number: int, frame: FrameType | None) -> None:
         self.asked = signal.Signals(number).name
         for one in self.heard:
             signal.signal(one, signal.SIG_DFL)
-        if self._waiting:
+        if self._meeting:
+            self._meeting.ask(self.asked)
+        elif self._waiting:
             raise Preempted(self.asked)
 
     def poll(self) -> None:
-        """Raise Preempted if a signal came."""
-        if self.asked:
+        """Raise Preempted if a signal came; if to any process of several, in all at one poll."""
+        if self._meeting:
+            if self._meeting.poll():
+                raise Preempted(self._meeting.reason)
+        elif self.asked:
             raise Preempted(self.asked)
 
     @contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Let a signal interrupt what stands within, which must leave nothing half done."""
+        """Let a signal interrupt what stands within, which must leave nothing half done.
+
+        With several processes it waits for the end of that: all must have done the same.
+        """
         self._waiting = True
         try:
             self.poll()

@@ -25,6 +25,7 @@ from tljax.evaluate import evaluate
 from tljax.intervals import Intervals, NotFinite, Spiked
 from tljax.layers import last_block
 from tljax.lock import locked
+from tljax.meeting import agreeing, meet
 from tljax.metrics import Logger, parameter_table, role_counts, worth
 from tljax.objectives import passing
 from tljax.plan import compile_step, cost_of, describe
@@ -190,9 +191,13 @@ def train(
     run, signals = experiment.config.run, signals or Signals()
     began = time.perf_counter()
     with ExitStack() as stack:
-        if jax.process_index() == 0 and not (workdir / RESULT).exists():
-            stack.enter_context(locked(workdir))
-        claim(experiment, workdir, command)
+        if jax.process_count() > 1:
+            signals.share(meet())
+        with agreeing(BadInput):
+            if jax.process_index() == 0:
+                if not (workdir / RESULT).exists():
+                    stack.enter_context(locked(workdir))
+                claim(experiment, workdir, command)
         if (workdir / RESULT).exists():
             print(f"{workdir} is finished")
             return dict(json.loads((workdir / RESULT).read_text()))

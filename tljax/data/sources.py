@@ -1,6 +1,7 @@
 """Where examples come from: prepared TFDS data, folders of images, files of rows."""
 
 import csv
+import fcntl
 import hashlib
 import json
 import os
@@ -355,18 +356,22 @@ def _open_tfds(data: Data, task: str | None) -> tuple[dict[str, Source], Info]:
     make, plain = BUILDERS.get(data.name), data.name.replace("/", "_")  # tfds wants a plain name
     wanted = f"{plain}:{Local.VERSION}" if make else data.name.removeprefix("tfds:")
     folder = prepared_folder()
+    read = partial(tfds.core.read_only_builder.builder_from_files, wanted, data_dir=folder)
     try:
-        builder = tfds.core.read_only_builder.builder_from_files(wanted, data_dir=folder)
+        builder = read()
     except tfds.core.DatasetNotFoundError as error:
         if make is None:
             raise BadInput(
                 f"no prepared TFDS data {wanted!r} under {folder}.\n"
                 "Prepare it there in the array_record format, or set $TFDS_DATA_DIR."
             ) from error
-        builder = Local(plain, make(), folder)
-        if not sys.stderr.isatty():
-            tfds.disable_progress_bar()
-        builder.download_and_prepare()
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / f".{plain}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # one process prepares; its end is the lock's
+            try:
+                builder = read()
+            except tfds.core.DatasetNotFoundError:
+                builder = _prepare(Local(plain, make(), folder))
     features = builder.info.features
     keys = _guess_keys(features) | data.columns
     _refuse_missing(data.name, keys, features)
@@ -377,6 +382,13 @@ def _open_tfds(data: Data, task: str | None) -> tuple[dict[str, Source], Info]:
     if data.test == "test" and "test" not in builder.info.splits:
         del asked["test"]
     return {part: Prepared(builder, split, keys, info) for part, split in asked.items()}, info
+
+
+def _prepare(builder: Local) -> Local:
+    if not sys.stderr.isatty():
+        tfds.disable_progress_bar()
+    builder.download_and_prepare()
+    return builder
 
 
 def _guess_keys(features: Mapping[str, Any]) -> dict[str, str]:

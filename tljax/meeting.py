@@ -1,0 +1,103 @@
+"""How the processes of a run stay together: when one must stop, and when one meets an error."""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import count
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+LONGEST = 1000  # bytes of an error that processes tell each other
+
+
+@contextmanager
+def agreeing(kind: type[Exception]) -> Iterator[None]:
+    """Raise an error of this kind in every process if it is raised in one of them.
+
+    Without it the others would wait for the one that left.  What stands within is done by all
+    processes, or by some, and raises nothing else in one alone.
+    """
+    text = b""
+    try:
+        yield
+    except kind as error:
+        text = str(error).encode()[:LONGEST]
+        if jax.process_count() == 1:
+            raise
+    if jax.process_count() > 1:
+        mine = np.zeros(LONGEST, np.uint8)
+        mine[: len(text)] = list(text)
+        rows = multihost_utils.process_allgather(mine)
+        if texts := [bytes(row[row > 0]) for row in rows if row.any()]:
+            raise kind(texts[0].decode(errors="replace"))
+
+
+class Meeting:
+    """Finds the poll at which all processes stop, once one of them wants to.
+
+    Every process polls the same sequence of times.  When one asks, each of them names the farthest
+    poll that it may reach without an answer, by a thread of its own: its main thread may be waiting
+    for the others' next step.  The farthest of all is where they stop.
+    """
+
+    ahead = 2  # polls that a process may go on without an answer
+    patience = 600_000  # milliseconds for the other processes' threads; one that died ends all
+    _numbers = count()
+
+    def __init__(self, store: Any, process: int, processes: int):
+        """Listen; store: keys and values that the processes share, jax's coordination service."""
+        self._store, self._process, self._processes = store, process, processes
+        self._name = f"tljax/meeting/{next(self._numbers)}"
+        self._polls, self._farthest, self._place = 0, 0, 0  # 0: not known
+        self._asked, self.reason = threading.Event(), ""
+        self._changed = threading.Condition()
+        for work in (self._propose, self._listen):
+            threading.Thread(target=work, daemon=True).start()
+
+    def ask(self, reason: str) -> None:
+        """Ask all processes to stop; returns at once."""
+        self.reason = f"{reason} in process {self._process}"
+        self._asked.set()
+
+    def poll(self) -> bool:
+        """Tell whether this is where all stop; called equally often in every process."""
+        with self._changed:
+            self._polls += 1
+            self._changed.wait_for(lambda: self._place or not 0 < self._farthest <= self._polls)
+            return 0 < self._place <= self._polls
+
+    def _propose(self) -> None:
+        self._asked.wait()
+        self._store.key_value_set(f"{self._name}/asked", self.reason, allow_overwrite=True)
+
+    def _listen(self) -> None:
+        while True:
+            try:
+                reason = self._store.blocking_key_value_get(f"{self._name}/asked", self.patience)
+                break
+            except jax.errors.JaxRuntimeError as error:
+                if "DEADLINE_EXCEEDED" not in str(error):  # the service has ended, and so has this
+                    return
+        with self._changed:
+            self.reason, self._farthest = reason, self._polls + self.ahead
+        self._store.key_value_set(f"{self._name}/{self._process}", str(self._farthest))
+        farthest = [
+            int(self._store.blocking_key_value_get(f"{self._name}/{process}", self.patience))
+            for process in range(self._processes)
+        ]
+        with self._changed:
+            self._place = max(farthest)
+            self._changed.notify_all()
+
+
+def meet() -> Meeting:
+    """Let this run's processes meet by jax's coordination service; each of them calls this.
+
+    What jax offers publicly, multihost_utils.reached_preemption_sync_point, hears SIGTERM alone.
+    """
+    from jax._src import distributed
+
+    return Meeting(distributed.global_state.client, jax.process_index(), jax.process_count())
