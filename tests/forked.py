@@ -4,11 +4,13 @@ They are forked from a process that has imported everything, and so start at onc
 """
 
 import atexit
+import json
 import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -72,9 +74,70 @@ def send_at(name: str, place: str, count: int) -> None:
     setattr(owner, method, struck)
 
 
-def join_others(port: int, processes: int, process: int, devices: int) -> None:
-    """Make the process one of several, with so many of eight devices."""
+def kill_at(step: int) -> None:
+    """Let the process kill itself in a step."""
+    from tljax import train
+
+    inner = train.Intervals.add
+
+    def add(self: Any, now: int, metrics: Any) -> None:
+        if now == step:
+            os.kill(os.getpid(), signal.SIGKILL)
+        inner(self, now, metrics)
+
+    train.Intervals.add = add
+
+
+def use_devices(count: int) -> None:
+    """Simulate so many devices instead of eight."""
+    os.environ["XLA_FLAGS"] = os.environ["XLA_FLAGS"].replace("count=8", f"count={count}")
+
+
+def join_others(port: int, processes: int, process: int) -> None:
+    """Make the process one of several."""
     import jax
 
-    os.environ["XLA_FLAGS"] = os.environ["XLA_FLAGS"].replace("count=8", f"count={devices}")
     jax.distributed.initialize(f"127.0.0.1:{port}", processes, process)
+
+
+def record_rows(path: Path) -> None:
+    """Write down a hash of every example of every training batch, as this process reads them."""
+    from tljax.data.pipeline import Pipeline
+
+    inner = Pipeline.train_batches
+
+    def train_batches(self: Pipeline, start: int = 0) -> Iterator[Any]:
+        for step, batch in enumerate(inner(self, start), start):
+            rows = [zlib.crc32(row.tobytes()) for row in batch["image"]]
+            with path.open("a") as file:
+                print(json.dumps([step, rows]), file=file)
+            yield batch
+
+    Pipeline.train_batches = train_batches
+
+
+def watch(path: Path) -> None:
+    """Write down what is compiled and, every 500 steps, the bytes that the process holds."""
+    import jax.monitoring
+
+    from tljax import train
+
+    inner, now = train.Intervals.add, [0]
+
+    def note(*row: Any) -> None:
+        with path.open("a") as file:
+            print(json.dumps(row), file=file)
+
+    def add(self: Any, step: int, metrics: Any) -> None:
+        inner(self, step, metrics)
+        now[0] = step
+        if step % 500 == 0:
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            note("bytes", step, pages * os.sysconf("SC_PAGE_SIZE"))
+
+    def compiled(event: str, seconds: float, **facts: str) -> None:
+        if event == "/jax/core/compile/backend_compile_duration":
+            note("compiled", now[0], facts.get("fun_name", "?"))
+
+    train.Intervals.add = add
+    jax.monitoring.register_event_duration_secs_listener(compiled)

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import textwrap
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from tljax.checkpoint import Checkpoints, read_tree, write_json
 from tljax.manifest import hashes
 from tljax.state import first_state
 from tljax.tree import flatten, unflatten
-from tljax.types import BadInput
+from tljax.types import BadInput, RunFailed
 
 pytestmark = pytest.mark.once
 
@@ -146,6 +147,77 @@ def test_a_process_killed_while_saving_loses_nothing_saved(tmp_path):
     np.testing.assert_array_equal(restored["w"], np.ones(size, np.float32))
     run.close()
     assert not list((tmp_path / "checkpoints").glob("*tmp*"))
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 4 MB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    words = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)]
+    if os.geteuid() or subprocess.run(words, capture_output=True).returncode:
+        pytest.skip("mounting a file system is not allowed here")
+    yield disk
+    subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_full_disk_is_said_at_this_save_and_the_step_before_is_whole(small_disk):
+    numbers = np.random.default_rng(0)
+    small, large = (jnp.asarray(numbers.normal(size=n), jnp.float32) for n in (1000, 2_000_000))
+    run = Checkpoints(small_disk / "checkpoints", keep=2)
+    run.save(1, {"w": small})
+    run.save(2, {"w": large})
+    with pytest.raises(RunFailed, match="No space left on device") as caught:
+        run.wait()
+    assert "saved before: 1;" in str(caught.value) and len(str(caught.value).splitlines()) == 2
+    run.close()
+    again = Checkpoints(small_disk / "checkpoints", keep=2)
+    assert again.steps() == [1]
+    np.testing.assert_array_equal(again.restore(abstract({"w": small}))["w"], small)
+    again.save(3, {"w": small + 1})  # there is room again
+    again.close()
+    assert again.steps() == [1, 3]
+
+
+@pytest.mark.parametrize("how", ["read-only", "no permission"])
+def test_a_folder_that_cannot_be_written_is_said_at_this_save(tmp_path, how):
+    """By a user without root's rights, who may write anywhere."""
+    if how == "read-only" and os.geteuid():
+        pytest.skip("mounting a file system is not allowed here")
+    with tempfile.TemporaryDirectory() as top:
+        folder = Path(top) / "checkpoints"
+        run = Checkpoints(folder, keep=2)
+        run.save(1, make_state())
+        run.close()
+        code = f"""
+            import os, sys
+            import jax, jax.numpy as jnp
+            from tljax.checkpoint import Checkpoints
+            from tljax.types import RunFailed
+            run = Checkpoints({str(folder)!r}, keep=2)
+            os.geteuid() or os.setuid(65534)
+            try:
+                run.save(2, {{"w": jnp.ones(8)}})
+                run.close()
+            except (RunFailed, OSError) as error:
+                sys.exit(f"said: {{error}}")
+        """
+        Path(top).chmod(0o755)
+        folder.chmod(0o555)
+        words = ["mount", "--bind", "-o", "ro", str(folder), str(folder)]
+        if how == "read-only":
+            subprocess.run(words, check=True)
+        done = subprocess.run(
+            [sys.executable, "-c", textwrap.dedent(code)], cwd=ROOT, capture_output=True, text=True
+        )
+        if how == "read-only":
+            subprocess.run(["umount", str(folder)], check=True)
+        folder.chmod(0o755)
+        assert done.returncode == 1 and "said: " in done.stderr, done.stderr
+        assert str(folder) in done.stderr.partition("said: ")[2]
+        again = Checkpoints(folder, keep=2)
+        assert_same(again.restore(abstract(make_state())), make_state())
+        again.close()
 
 
 DAMAGES = {

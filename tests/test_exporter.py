@@ -85,7 +85,7 @@ IN_TRANSFORMERS = {
 
 @pytest.mark.torch
 @pytest.mark.parametrize("name", IN_TRANSFORMERS)
-@pytest.mark.few(4)
+@pytest.mark.few(3)
 def test_transformers_opens_an_export_and_gives_the_same_logits(tmp_path, strict, name):
     import torch
     import transformers

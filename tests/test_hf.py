@@ -200,7 +200,7 @@ def variables_of(source, model, inputs):
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.few(12)
+@pytest.mark.few(6)
 def test_outputs_equal_torch(saved, name):
     import torch
 
@@ -373,7 +373,7 @@ GRADED = [
 
 
 @pytest.mark.parametrize("name", GRADED)
-@pytest.mark.few(5)
+@pytest.mark.few(3)
 def test_gradients_equal_torch_by_name(saved, name):
     import torch
 

@@ -208,6 +208,7 @@ HEADERS = {
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.few(4)
 def test_a_truncated_file_and_a_damaged_header_are_refused(weights, name):
     path = weights(name, NOTE, FIXTURE)
     content = path.read_bytes()

@@ -312,6 +312,7 @@ def test_outputs_equal_the_original(tmp_path, case, spell):
 
 
 @spellings
+@pytest.mark.few(10)
 def test_table_round_trip_is_bitwise(tmp_path, case, spell):
     _, arrays = original(case)
     source = open_npz_weights(save(tmp_path / "w.npz", spell(arrays) if spell else arrays))

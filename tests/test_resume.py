@@ -1,9 +1,7 @@
-"""Whole runs through the command line: killed and resumed, evaluated, predicting, built upon."""
+"""Whole runs through the command line: evaluated, predicting, built upon."""
 
 import csv
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,23 +23,6 @@ ROOT = Path(__file__).resolve().parent.parent
 VIT = {"name": "vit", "width": 32, "depth": 2, "heads": 2, "mlp": 64, "patch": 4}
 BERT = {"name": "bert", "width": 64, "depth": 1, "heads": 2, "mlp": 128, "positions": 16}
 DIGITS = {"name": "digits", "image_size": 16, "labels": 128, "test": "test[:64]"}
-# SIGKILL in the middle of an interval, once step 4 is on disk: nothing can be tidied up.
-KILLED = """
-import os, pathlib, signal, sys, time
-from tljax import train
-from tljax.__main__ import main
-
-class Killed(train.Intervals):
-    def add(self, step, *rest, **more):
-        super().add(step, *rest, **more)
-        while step == 7:
-            if (pathlib.Path(sys.argv[2].partition("=")[2]) / "checkpoints" / "4").exists():
-                os.kill(os.getpid(), signal.SIGKILL)
-            time.sleep(0.01)
-
-train.Intervals = Killed
-main(["train", *sys.argv[1:]])
-"""
 
 
 def write_config(path: Path, values: dict[str, Any]) -> Path:
@@ -151,23 +132,6 @@ def resnet(folder) -> Path:
         run={"steps": 12, "batch": 32, "microbatches": 2, "save_every": 4, "keep": 1},
     )
     return folder / "resnet"
-
-
-@pytest.mark.parametrize("name", ["vit", "resnet"])
-@pytest.mark.slow
-def test_a_killed_run_ends_with_the_same_bits(folder, request, name):
-    whole = request.getfixturevalue(name)
-    workdir = folder / f"{name}-killed"
-    words = [f"--config={whole.with_suffix('.py')}", f"--workdir={workdir}"]
-    done = subprocess.run([sys.executable, "-c", KILLED, *words], cwd=ROOT, capture_output=True)
-    assert done.returncode == -9, done.stderr.decode()
-    assert not (workdir / "result.json").exists()
-    assert max(line["step"] for line in lines_of(workdir)) < 12
-    assert main(["train", *words]) == 0
-    assert result_of(workdir) == result_of(whole)
-    assert lines_of(workdir) == lines_of(whole)
-    for one, other in zip(state_of(workdir), state_of(whole), strict=True):
-        np.testing.assert_array_equal(one, other)
 
 
 def test_each_interval_is_logged_once(vit):

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from forked import run, send_at
 from test_resume import DIGITS, ROOT, VIT, lines_of, result_of, state_of, train, write_config
 
 from tljax import lock
@@ -25,36 +26,6 @@ pytestmark = pytest.mark.once
 
 RUN = {"steps": 12, "batch": 16, "save_every": 5, "log_every": 3, "eval_every": 4}
 VALUES = {"data": DIGITS, "model": VIT, "strategy": {"name": "scratch"}, "run": RUN}
-# Sends itself a signal at a place of the run; the same process would hear it anywhere.
-SIGNALLED = """
-import os, signal, sys
-from tljax import checkpoint, evaluate, train
-from tljax.__main__ import main
-
-name, place, count, *words = sys.argv[1:]
-
-def strike(function, after=False):
-    left = [int(count)]
-    def struck(*args, **more):
-        left[0] -= 1
-        if left[0] == 0 and not after:
-            os.kill(os.getpid(), getattr(signal, name))
-        result = function(*args, **more)
-        if left[0] == 0 and after:
-            os.kill(os.getpid(), getattr(signal, name))
-        return result
-    return struck
-
-if place == "step":
-    train.Intervals.add = strike(train.Intervals.add)
-elif place == "compile":
-    train.compile_step = strike(train.compile_step)
-elif place == "evaluate":
-    train.evaluate = strike(train.evaluate)
-elif place == "save":
-    checkpoint.Checkpoints.save = strike(checkpoint.Checkpoints.save, after=True)
-sys.exit(main(["train", *words]))
-"""
 
 
 @pytest.fixture(scope="module")
@@ -78,10 +49,9 @@ def test_a_signal_saves_and_the_run_goes_on_as_if_there_had_been_none(
     whole, tmp_path, name, place, count
 ):
     words = [f"--config={whole.with_suffix('.py')}", f"--workdir={tmp_path / 'run'}"]
-    program = [sys.executable, "-c", SIGNALLED, name, place, str(count), *words]
-    done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == AGAIN, done.stderr
-    assert f"{name}: nothing is lost; the same command goes on" in done.stderr
+    code = run(["train", *words], tmp_path / "log", (send_at, (name, place, count)))
+    assert code == AGAIN, (tmp_path / "log").read_text()
+    assert f"{name}: nothing is lost; the same command goes on" in (tmp_path / "log").read_text()
     assert not (tmp_path / "run" / "result.json").exists()
     assert main(["train", *words]) == 0
     assert lines_of(tmp_path / "run") == lines_of(whole)

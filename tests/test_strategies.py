@@ -200,6 +200,7 @@ def test_a_users_trainable_leaf_that_nothing_reads_raises():
 
 
 @pytest.mark.parametrize("name", VISION)
+@pytest.mark.few(6)
 def test_roles_are_an_optax_mask(name):
     """`selective_transform` over the whole tree moves exactly the leaves we train."""
     run = assemble(VIT, IMAGES, name)
@@ -343,6 +344,7 @@ ELSEWHERE = {  # in a ViT; in a BERT
     [(name, text) for name in IN_EVERY_BLOCK for text in (False, True)
      if (name, text) not in (("vpt", True), ("prompt", False))],
 )  # fmt: skip
+@pytest.mark.few(6)
 def test_what_is_grafted_is_trained_in_every_block_and_nothing_else(name, text):
     model, batch = (BERT, text_batch(length=6)) if text else (VIT, IMAGES)
     options = {"count": 2} if name in ("vpt", "prompt", "prefix") else OPTIONS.get(name, {})

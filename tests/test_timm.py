@@ -109,6 +109,7 @@ def forward(model, pixels):
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.few(10)
 def test_outputs_equal_timm(saved, case):
     model, path = saved(case)
     source = open_timm(path)

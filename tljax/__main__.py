@@ -33,8 +33,8 @@ def make_parser() -> argparse.ArgumentParser:
         "--config",
         required=True,
         metavar="FILE[:WORD]",
-        help="a Python file with get_config(); WORD is its argument, mostly a strategy; "
-        "change any key with --config.KEY=VALUE",
+        help="a Python file with get_config(); WORD is its argument, mostly a strategy; or a run's "
+        "run.json, to train it again; change any key with --config.KEY=VALUE",
     )
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
     add = lambda name, text, *parents: verbs.add_parser(  # noqa: E731 - one line a verb

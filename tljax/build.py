@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import json
 import runpy
 import traceback
 import typing
@@ -78,14 +79,16 @@ def check_range(name: str, value: Any, hint: Any, where: str) -> None:
 def read_config(place: str, overrides: Mapping[str, str]) -> Config:
     """Run a config file's `get_config(WORD)`, apply dotted overrides, and check the result.
 
-    place: "configs/x.py" or "configs/x.py:WORD".  An override is a Python literal, else a string.
+    place: "configs/x.py", "configs/x.py:WORD", or a run's "run.json", which is read and executes
+    nothing.  An override is a Python literal, else a string.
     Raises: BadInput for a missing file, a file without get_config, or anything the schema refuses.
     """
     path, _, word = place.partition(":")
     if not Path(path).is_file():
-        near = nearest(path, [str(other) for other in Path(path).parent.glob("*.py")])
-        raise BadInput(f"no config file {path}; nearest: {near}")
-    values = run_config(path, (word,) if word else ())
+        there = (str(other) for end in ("*.py", "*.json") for other in Path(path).parent.glob(end))
+        raise BadInput(f"no config file {path}; nearest: {nearest(path, list(there))}")
+    words = (word,) if word else ()
+    values = replayed(path, words) if path.endswith(".json") else run_config(path, words)
     for dotted, text in overrides.items():
         *parents, name = dotted.split(".")
         section = values
@@ -102,6 +105,16 @@ def read_config(place: str, overrides: Mapping[str, str]) -> Config:
             raise BadInput(f"config key {dotted}: {parents[-1]} is a value, not a section")
         section[name] = literal(text)
     return parse(values)
+
+
+def replayed(path: str, words: tuple[str, ...]) -> dict[str, Any]:
+    """Read the config that a run was trained with from its run.json."""
+    if words:
+        raise BadInput(f"{path} takes no word, but {words[0]!r} is given: it is one run's config")
+    try:
+        return dict(json.loads(Path(path).read_text())["config"])
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise BadInput(f"{path} is no record of a run: expected a run's run.json") from None
 
 
 def run_config(path: str, words: tuple[str, ...]) -> dict[str, Any]:

@@ -6,12 +6,13 @@ run/frozen/<digest>.safetensors      what never moves: written once, named by it
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -26,9 +27,11 @@ from jax.experimental import multihost_utils
 from tljax import manifest
 from tljax.meeting import agreeing
 from tljax.tree import flatten, join, unflatten
-from tljax.types import BadInput, Tree
+from tljax.types import BadInput, RunFailed, Tree
 
 DAMAGED, SAVING, TEMPORARY = "damaged", ".saving", ".orbax-checkpoint-tmp"
+REASONS = [os.strerror(n) for n in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)]
+"""Why a disk refuses, somewhere in the page that tensorstore writes."""
 FAILURES = (PermissionError, MemoryError, jax.errors.JaxRuntimeError)
 """What is no damage of a step that cannot be read."""
 
@@ -96,7 +99,7 @@ class Checkpoints:
         """Write the state in the background; a step that is already saved stays as it is.
 
         score: what the step is worth; the best ones are kept.  notes: go into the manifest.
-        Raises: whatever made the last save fail.
+        Raises: RunFailed if the last save failed, or this one at once.
         """
         self.wait()
         if step in self.steps():
@@ -107,7 +110,8 @@ class Checkpoints:
         mark = self.folder / f"{step}{SAVING}"
         if jax.process_index() == 0:
             mark.touch()
-        self._writer.save(self.folder / str(step), args=ocp.args.StandardSave(state))
+        with self._saying():
+            self._writer.save(self.folder / str(step), args=ocp.args.StandardSave(state))
 
         def complete() -> None:
             self._writer.wait_until_finished()
@@ -121,10 +125,24 @@ class Checkpoints:
         self._saving = self._thread.submit(complete)
 
     def wait(self) -> None:
-        """Block until the save in progress is complete; raises what made it fail."""
+        """Block until the save in progress is complete; raises RunFailed if it failed."""
         if self._saving:
             saving, self._saving = self._saving, None
-            saving.result()
+            with self._saying():
+                saving.result()
+
+    @contextlib.contextmanager
+    def _saying(self) -> Iterator[None]:
+        """Say in one line why a step could not be saved; those before it stay."""
+        try:
+            yield
+        except Exception as error:
+            there = ", ".join(map(str, self.steps())) or "none"
+            reason = next((text for text in REASONS if text in str(error)), first_line(error))
+            raise RunFailed(
+                f"a step could not be saved in {self.folder}: {reason}\n"
+                f"saved before: {there}; the same command goes on from there"
+            ) from error
 
     def close(self) -> None:
         """Finish the save in progress and stop the threads behind it."""

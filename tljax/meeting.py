@@ -54,8 +54,10 @@ class Meeting:
         self._polls, self._farthest, self._place = 0, 0, 0  # 0: not known
         self._asked, self.reason = threading.Event(), ""
         self._changed = threading.Condition()
-        for work in (self._propose, self._listen):
-            threading.Thread(target=work, daemon=True).start()
+        works = (self._propose, self._listen)
+        self._threads = [threading.Thread(target=work, daemon=True) for work in works]
+        for thread in self._threads:
+            thread.start()
 
     def ask(self, reason: str) -> None:
         """Ask all processes to stop; returns at once."""
@@ -69,8 +71,15 @@ class Meeting:
             self._changed.wait_for(lambda: self._place or not 0 < self._farthest <= self._polls)
             return 0 < self._place <= self._polls
 
+    def close(self) -> None:
+        """End the threads, which must not outlive the service; a later signal stops nobody."""
+        self._asked.set()
+        for thread in self._threads:
+            thread.join(timeout=60)
+
     def _propose(self) -> None:
         self._asked.wait()
+        # Without a reason, of a process that closes: it ends all that listen.
         self._store.key_value_set(f"{self._name}/asked", self.reason, allow_overwrite=True)
 
     def _listen(self) -> None:
@@ -81,15 +90,18 @@ class Meeting:
             except jax.errors.JaxRuntimeError as error:
                 if "DEADLINE_EXCEEDED" not in str(error):  # the service has ended, and so has this
                     return
+        if not reason:
+            return
         with self._changed:
             self.reason, self._farthest = reason, self._polls + self.ahead
         self._store.key_value_set(f"{self._name}/{self._process}", str(self._farthest))
-        farthest = [
-            int(self._store.blocking_key_value_get(f"{self._name}/{process}", self.patience))
-            for process in range(self._processes)
-        ]
+        names = [f"{self._name}/{process}" for process in range(self._processes)]
+        try:
+            polls = [int(self._store.blocking_key_value_get(x, self.patience)) for x in names]
+        except jax.errors.JaxRuntimeError:  # one has ended meanwhile: nobody waits any more
+            polls = []
         with self._changed:
-            self._place = max(farthest)
+            self._farthest, self._place = 0, max(polls, default=0)
             self._changed.notify_all()
 
 

@@ -52,6 +52,31 @@ class Cost:
     peak: int
 
 
+def require_room(experiment: Experiment) -> None:
+    """Estimate, before anything is compiled or held, whether what a step holds fits.
+
+    That is the state and the frozen leaves, beside which come activations and gradients.
+    Raises: BadInput if even that does not: of an accelerator's memory, or of this host's.
+    """
+    device = experiment.mesh.local_devices[0]
+    leaves = jax.tree.leaves(experiment.abstract)
+    held = sum(
+        int(np.prod(leaf.sharding.shard_shape(leaf.shape))) * leaf.dtype.itemsize for leaf in leaves
+    )
+    limit, where = (device.memory_stats() or {}).get("bytes_limit"), "each device"
+    if limit is None and device.platform == "cpu":  # they share the memory of their host
+        held *= len(experiment.mesh.local_devices)
+        limit, where = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "this host"
+    if limit and held > limit:
+        state, frozen = experiment.abstract
+        raise BadInput(
+            f"{where} would hold {human(held)}B and has {human(limit)}B: trainable "
+            f"{human(size(state.params))}B, optimizer {human(size(state.opt))}B, frozen "
+            f"{human(size(frozen))}B in all\n"
+            "try a larger mesh.fsdp, a strategy that trains less, such as lora, or a smaller model"
+        )
+
+
 def compile_step(experiment: Experiment) -> jax.stages.Compiled:
     """Compile the step ahead of time: the run's only compilation of it.
 

@@ -3,7 +3,9 @@
 Of several processes one alone may get the signal, and all must stop after the same step.
 """
 
+import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,6 +14,10 @@ from typing import Any, Protocol
 
 AGAIN = 85
 """Exit code of a run that was asked to stop, and lost nothing: run the same command again."""
+
+
+PATIENCE, LIMIT = 60, 900
+"""Seconds that data may take: then it is said, and at last the run ends."""
 
 
 class Preempted(Exception):
@@ -23,8 +29,11 @@ class Meeting(Protocol):
 
     reason: str
 
-    def ask(self, reason: str) -> None: ...
-    def poll(self) -> bool: ...
+    def ask(self, reason: str) -> None:
+        """Ask all processes to stop."""
+
+    def poll(self) -> bool:
+        """Tell whether this is where all stop."""
 
 
 class Signals:
@@ -89,3 +98,32 @@ class Signals:
             self.poll()
         finally:
             self._waiting = False
+
+
+@contextmanager
+def patience(what: str) -> Iterator[None]:
+    """Say what is waited for within if that takes long, and end the process if it takes too long.
+
+    At once: the thread that hangs could not be ended, and would be waited for.  What is saved
+    stays.  Only the main thread can hear the clock; elsewhere nothing is said.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    waited = 0
+
+    def say(number: int, frame: FrameType | None) -> None:
+        nonlocal waited
+        waited += PATIENCE
+        print(f"tljax: {what} took {waited} s so far", file=sys.stderr, flush=True)
+        if waited >= LIMIT:
+            print(f"tljax: given up: {what} hangs", file=sys.stderr, flush=True)
+            os._exit(1)
+
+    before = signal.signal(signal.SIGALRM, say)
+    signal.setitimer(signal.ITIMER_REAL, PATIENCE, PATIENCE)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)

@@ -28,8 +28,8 @@ from tljax.lock import locked
 from tljax.meeting import agreeing, meet
 from tljax.metrics import Logger, parameter_table, role_counts, worth
 from tljax.objectives import passing
-from tljax.plan import compile_step, cost_of, describe
-from tljax.preemption import Preempted, Signals
+from tljax.plan import compile_step, cost_of, describe, require_room
+from tljax.preemption import Preempted, Signals, patience
 from tljax.sharding import under
 from tljax.source import RECORD, RESULT, read_record
 from tljax.state import State
@@ -41,6 +41,8 @@ METRICS, TABLES, SKIPPED = "metrics.jsonl", "tables.txt", "skipped.json"
 REWINDS = 5  # returns of a run, before a sudden rise of its loss, at most
 FREE = ("run/threads", "run/max_skipped", "run/keep", "run/keep_best", "run/log_every")
 """A run may go on with others: no bit changes; with `run.spike` those after the second decide."""
+MESH = ("mesh/data", "mesh/fsdp", "mesh/tensor")
+"""With these too, but sums in another order change the last bits."""
 
 
 def tables(experiment: Experiment) -> str:
@@ -166,7 +168,7 @@ def advance(
     host = experiment.data.train_batches(start + offset)
     batches = prefetch_to_device(host, experiment.put)
     for step in range(start + 1, experiment.config.run.steps + 1):
-        with interruptible():
+        with interruptible(), patience(f"the batch of step {step}"):
             batch = next(batches)
         state, metrics = compiled(state, frozen, batch)
         yield step, state, metrics
@@ -190,9 +192,10 @@ def train(
     """
     run, signals = experiment.config.run, signals or Signals()
     began = time.perf_counter()
+    require_room(experiment)
     with ExitStack() as stack:
         if jax.process_count() > 1:
-            signals.share(meet())
+            signals.share(stack.enter_context(closing(meet())))
         with agreeing(BadInput):
             if jax.process_index() == 0:
                 if not (workdir / RESULT).exists():
@@ -354,9 +357,8 @@ def claim(experiment: Experiment, workdir: Path, command: str) -> None:
         before = read_record(workdir)
         old, new = flatten(before["config"]), flatten(config)
         free = FREE if experiment.config.run.spike is None else FREE[:2]
-        differs = sorted(
-            k for k in old.keys() | new.keys() if old.get(k) != new.get(k) and k not in free
-        )
+        changed = {k for k in old.keys() | new.keys() if old.get(k) != new.get(k)}
+        differs = sorted(changed.difference(free, MESH))
         differs += ["weights (content)"] if before["digest"] != experiment.digest else []
         if differs:
             shown = ", ".join(f"{k} ({old.get(k)} -> {new.get(k)})" for k in differs[:4])
@@ -364,11 +366,13 @@ def claim(experiment: Experiment, workdir: Path, command: str) -> None:
                 f"{workdir} holds a run of another config; it differs in {shown}\n"
                 "give another --workdir, or the same config to go on"
             )
+        if changed.intersection(MESH) or before["device"] != devices():
+            print(f"begun on {before['device']}, goes on on {devices()}, mesh or number another: "
+                  "the same to about 1e-5, not to the bit")  # fmt: skip
         return
     if found := [name for name in (METRICS, "checkpoints") if (workdir / name).exists()]:
         raise BadInput(f"{workdir} has {found[0]} but no {RECORD}; give another --workdir")
     workdir.mkdir(parents=True, exist_ok=True)
-    device = jax.devices()[0]
     record = {
         "config": config,
         "model": experiment.facts | {"tokenizer": experiment.data.save_tokenizer(workdir)},
@@ -376,6 +380,12 @@ def claim(experiment: Experiment, workdir: Path, command: str) -> None:
         "versions": {package: version(package) for package in PACKAGES},
         "git": git_state(),
         "command": command,
-        "device": f"{jax.device_count()} x {device.device_kind} ({device.platform})",
+        "device": devices(),
     }
     write_json(workdir / RECORD, record)
+
+
+def devices() -> str:
+    """Say what the run is on."""
+    device = jax.devices()[0]
+    return f"{jax.device_count()} x {device.device_kind} ({device.platform})"

@@ -4,11 +4,13 @@ import functools
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import grain
 import numpy as np
 
+from tljax.data.corrupt import Allowance
 from tljax.data.sources import Joined, Source, stacked
 from tljax.types import BadInput, Batch
 
@@ -40,6 +42,34 @@ class Cached(Source):
         for i, row in zip(missing, self._parent.__getitems__(missing), strict=True):
             self._memory[i] = self._before(row)
         return [self._after(self._memory[i]) for i in indices]
+
+
+class Sparing(Source):
+    """A source of which a few examples may be corrupt: the next one that can be read stands in.
+
+    Which one stands in depends on the files alone, so that runs stay reproducible.
+    """
+
+    def __init__(self, parent: Source, allowance: Allowance):
+        """Leave out as many as are allowed."""
+        self._parent, self._allowance, self.labels = parent, allowance, parent.labels
+
+    def __len__(self) -> int:
+        return len(self._parent)
+
+    def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        try:
+            return self._parent.__getitems__(indices)
+        except BadInput:
+            return [self._readable(int(index)) for index in indices]
+
+    def _readable(self, index: int) -> dict[str, Any]:
+        for place in chain(range(index, len(self)), range(index)):
+            try:
+                return self._parent[place]
+            except BadInput as error:
+                self._allowance.leave_out(place, error)
+        raise BadInput("every training example is corrupt")
 
 
 @dataclass(frozen=True)

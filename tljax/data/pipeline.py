@@ -11,7 +11,8 @@ import numpy as np
 
 from tljax.config import Augment, Data
 from tljax.data.augment import MixImages, TransformImage
-from tljax.data.loader import Cached, Loader, Transform, Versions
+from tljax.data.corrupt import Allowance
+from tljax.data.loader import Cached, Loader, Sparing, Transform, Versions
 from tljax.data.sources import Info, Rows, Source, Splits, open_data, open_replay
 from tljax.data.tokens import MaskTokens, Tokenizer, encode, encode_alike, pack, train_wordpiece
 from tljax.data.transforms import Preprocess, fit
@@ -104,6 +105,8 @@ def open_pipeline(
     Raises: BadInput for data that are not there, or a task that their labels do not fit.
     """
     splits, older = open_data(data, task), None
+    if data.max_corrupt:
+        splits = splits._replace(train=Sparing(splits.train, Allowance(data.max_corrupt)))
     if data.replay:
         older, info = open_replay(data, splits)
         splits = splits._replace(info=info)

@@ -21,6 +21,7 @@ from tensorflow_datasets.core.features import ClassLabel, Text
 from tljax.config import Data
 from tljax.data import builders_image, builders_text
 from tljax.data.builders_image import Local, Material, stratified_order
+from tljax.data.corrupt import Allowance
 from tljax.data.transforms import decode, opened
 from tljax.tree import nearest
 from tljax.types import BadInput
@@ -147,13 +148,24 @@ class Joined(Source):
         return self.first[index] if index < own else self.second[index - own]
 
 
+def thousands(indices: np.ndarray) -> list[np.ndarray]:
+    """Cut indices into parts that are read at once."""
+    return [indices[start : start + 1000] for start in range(0, len(indices), 1000)]
+
+
 class Prepared(Source):
     """One split of prepared TFDS data (array_record); `keys` maps our names to its features."""
 
-    def __init__(self, builder: tfds.core.DatasetBuilder, split: str, keys: dict, info: Info):
-        """Open the split; images are decoded here and not by TFDS, to name a corrupt one."""
+    def __init__(
+        self, builder: tfds.core.DatasetBuilder, split: str, keys: dict, info: Info, most: int = 0
+    ):
+        """Open the split; images are decoded here and not by TFDS, to name a corrupt one.
+
+        most: records that may be corrupt; all are read at once then, to leave those out.
+        """
         self._keys, self._info = keys, info
         self._name = f"{builder.info.full_name} split {split!r}"
+        self._builder, self._split = builder, split
         skip = {keys["image"]: tfds.decode.SkipDecoding()} if "image" in keys else None
         try:
             self._data = builder.as_data_source(split=split, decoders=skip)
@@ -162,13 +174,40 @@ class Prepared(Source):
                 f"{self._name} cannot be read: it has {sorted(builder.info.splits)}, stored as "
                 f"{builder.info.file_format.value}; expected one, not empty, as array_record"
             ) from error
+        self._at = np.arange(len(self._data))
+        if most:
+            parts, allowance = thousands(self._at), Allowance(most)
+            kept = [place for part in parts for place in self._readable(part, allowance)]
+            self._at = np.asarray(kept, int)
 
     def __len__(self) -> int:
-        return len(self._data)
+        return len(self._at)
 
     def __getitems__(self, indices: Sequence[int]) -> list[dict[str, Any]]:
-        records = self._data.__getitems__([int(i) for i in indices])
-        return [self._example(i, record) for i, record in zip(indices, records, strict=True)]
+        at = self._at[np.asarray(indices, int)]
+        return [self._example(i, x) for i, x in zip(at.tolist(), self._records(at), strict=True)]
+
+    def _records(self, at: np.ndarray) -> list[Mapping[str, Any]]:
+        """Read what is stored; raises BadInput that names a record that cannot be read."""
+        try:
+            return self._data.__getitems__(at.tolist())
+        except Exception as error:  # TFDS and array_record raise many kinds
+            if len(at) > 1:
+                return [record for i in range(len(at)) for record in self._records(at[i : i + 1])]
+            raise BadInput(self._unreadable(int(at[0]), error)) from error
+
+    def _unreadable(self, index: int, error: Exception) -> str:
+        """Say which record of which file it is."""
+        place = index
+        for shard in self._builder.info.splits[self._split].file_instructions:
+            if place < shard.take:
+                break
+            place -= shard.take
+        return (
+            f"example {index} of {self._name}, record {shard.skip + place} of {shard.filename}, "
+            f"cannot be read: {str(error).partition(chr(10))[0][:200] or type(error).__name__}\n"
+            f"Remove {self._builder.data_path} to have it prepared again."
+        )
 
     def _example(self, index: int, record: Mapping[str, Any]) -> dict[str, Any]:
         values = {ours: record[theirs] for ours, theirs in self._keys.items()}
@@ -182,15 +221,27 @@ class Prepared(Source):
             _refuse_uneven(values["text"], values["label"], f"{self._name}, example {index}")
         return values
 
+    def _readable(self, part: np.ndarray, allowance: Allowance) -> list[int]:
+        """Choose the records that can be read, if some may be corrupt; pictures stay packed."""
+        try:
+            self._records(part)
+        except BadInput as error:
+            if len(part) > 1:
+                return [
+                    place for at in part for place in self._readable(np.asarray([at]), allowance)
+                ]
+            allowance.leave_out((self._split, int(part[0])), error)
+            return []
+        return part.tolist()
+
     @cached_property
     def labels(self) -> Labels | None:  # type: ignore[override]
         """Read all labels once."""
         if self._info.task in (None, "tag"):
             return None
         values, key = [], self._keys["label"]
-        for start in range(0, len(self), 1000):
-            part = range(len(self))[start : start + 1000]
-            values += [record[key] for record in self._data.__getitems__(list(part))]
+        for part in thousands(self._at):
+            values += [record[key] for record in self._records(part)]
         return np.asarray([label_row(value, self._info) for value in values])
 
 
@@ -381,7 +432,8 @@ def _open_tfds(data: Data, task: str | None) -> tuple[dict[str, Source], Info]:
     asked = {"train": "train", "test": data.test}
     if data.test == "test" and "test" not in builder.info.splits:
         del asked["test"]
-    return {part: Prepared(builder, split, keys, info) for part, split in asked.items()}, info
+    most = data.max_corrupt
+    return {part: Prepared(builder, split, keys, info, most) for part, split in asked.items()}, info
 
 
 def _prepare(builder: Local) -> Local:
@@ -442,8 +494,9 @@ def _open_path(data: Data, task: str | None) -> tuple[dict[str, Source], Info]:
     may_lack = {"test"} if data.test == "test" else set()  # else a slip would go unnoticed
     for part in asked.keys() - may_lack - places.keys():
         raise BadInput(f"{path} lacks its {part} part {asked[part]!r}, or names it otherwise")
+    allowance = Allowance(data.max_corrupt)
     tables = {
-        part: read_table(place, data.columns) if place.is_file() else _read_folder(place)
+        part: read_table(place, data.columns) if place.is_file() else _read_folder(place, allowance)
         for part, place in places.items()
     }
     for part, (rows, values) in tables.items():
@@ -455,18 +508,27 @@ def _open_path(data: Data, task: str | None) -> tuple[dict[str, Source], Info]:
     }, info
 
 
-def _read_folder(path: Path) -> tuple[list[dict], list[str]]:
+def _read_folder(path: Path, allowance: Allowance) -> tuple[list[dict], list[str]]:
     files = sorted(file for file in path.glob("*/*") if file.suffix.lower() in PICTURES)
     if not files:
         raise BadInput(
             f"no images in {path}: expected <class>/*{{{','.join(PICTURES)}}}, "
             "with or without train/ and test/ above the classes"
         )
-    for file in files:  # what is no picture is named at once; of many, by the headers alone
+    kept = [file for file in files if _is_picture(file, len(files) <= WHOLE, allowance)]
+    return [{"image": file} for file in kept], [file.parent.name for file in kept]
+
+
+def _is_picture(file: Path, whole: bool, allowance: Allowance) -> bool:
+    """Look at a picture's header, or at all of it, so that a corrupt one is named at once."""
+    try:
         with opened(file, f"image {file}") as picture:
-            if len(files) <= WHOLE:
+            if whole:
                 picture.load()
-    return [{"image": file} for file in files], [file.parent.name for file in files]
+    except BadInput as error:
+        allowance.leave_out(file, error)
+        return False
+    return True
 
 
 def _parse_table(path: Path) -> list[dict]:
@@ -484,19 +546,34 @@ def read_table(path: Path, columns: Mapping[str, str]) -> tuple[list[dict], list
     """Read rows of {"text", "text_b"?} and the values of the label column, None without one."""
     try:
         table = _parse_table(path)
-    except (UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
+    except (ValueError, RecursionError, csv.Error) as error:  # JSON's and Unicode's are ValueErrors
         raise BadInput(f"{path} is no {path.suffix} table in UTF-8: {error}") from None
     if not table:
         raise BadInput(f"{path} has no rows")
     keys = {key: key for key in ("text", "text_b", "label") if key == "text" or key in table[0]}
     keys |= columns
     for number, row in enumerate(table, 1):
+        if None in row:  # csv's name for what is beyond the header
+            raise BadInput(
+                f"{path}, row {number} has more fields than the header: quote its commas"
+            )
         _refuse_missing(str(path), keys, row)
         for our, key in keys.items():
             if our != "label" and not isinstance(row[key], str):
                 raise BadInput(f"{path}, row {number}: column {key!r} holds {row[key]!r}, no {our}")
+            if our != "label" and not _is_unicode(row[key]):
+                raise BadInput(f"{path}, row {number}: column {key!r} holds half a character")
     values = [row[keys["label"]] for row in table] if "label" in keys else None
     return [{our: row[key] for our, key in keys.items() if our != "label"} for row in table], values
+
+
+def _is_unicode(text: str) -> bool:
+    """Tell whether a text has no lone surrogate, which JSON can spell and no tokenizer reads."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _read_labels(values: list, place: Path) -> list:
