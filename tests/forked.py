@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from multiprocessing.process import BaseProcess
@@ -28,11 +29,21 @@ def start(words: list[str], log: Path, *before: Call) -> BaseProcess:
     return process
 
 
-def run(words: list[str], log: Path, *before: Call) -> int:
+def run(words: list[str], log: Path, *before: Call) -> int | None:
     """Return the exit code of such a process when it has ended."""
-    process = start(words, log, *before)
-    process.join()
-    return process.exitcode
+    return codes([start(words, log, *before)])[0]
+
+
+def codes(processes: list[BaseProcess], seconds: float = 400.0) -> list[int | None]:
+    """Wait for processes; returns their exit codes, None for what has to be killed."""
+    end = time.monotonic() + seconds
+    for process in processes:
+        process.join(max(end - time.monotonic(), 0.0))
+    found = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+        process.join()
+    return found
 
 
 def _work(words: list[str], log: Path, before: tuple[Call, ...]) -> None:

@@ -10,10 +10,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-from forked import join_others, kill_at, record_rows, run, send_at, start, use_devices
+from forked import codes, join_others, kill_at, record_rows, run, send_at, start, use_devices
 from test_resume import DIGITS, VIT, lines_of, result_of, write_config
 
 from tljax.ckpt import leaves_of
+from tljax.lock import locked
 from tljax.preemption import AGAIN
 
 pytestmark = pytest.mark.once
@@ -38,7 +39,7 @@ def rows_file(workdir: Path, process: int) -> Path:
     return workdir.with_name(f"{workdir.name}-rows-{process}")
 
 
-def train(workdir: Path, processes: int, *signalled: tuple[int, str, str, int]) -> list[int]:
+def train(workdir: Path, processes: int, *signalled: tuple[int, str, str, int]) -> list[int | None]:
     """Train in so many processes, of eight devices together; returns their exit codes.
 
     signalled: which process gets which signal, where, and at which time.
@@ -55,9 +56,7 @@ def train(workdir: Path, processes: int, *signalled: tuple[int, str, str, int]) 
         )
         for number in range(processes)
     ]
-    for process in started:
-        process.join(300)
-    return [process.exitcode for process in started]
+    return codes(started)
 
 
 def rows_of(workdir: Path, processes: int = 1) -> dict[int, set[tuple[int, ...]]]:
@@ -83,20 +82,36 @@ def whole(tmp_path_factory) -> Path:
     ("name", "place", "count"),
     [
         ("SIGTERM", "step", 6),
+        pytest.param("SIGTERM", "step", 3, marks=pytest.mark.slow),  # all stop at a save
+        pytest.param("SIGTERM", "save", 1, marks=pytest.mark.slow),
         pytest.param("SIGINT", "evaluate", 1, marks=pytest.mark.slow),
         pytest.param("SIGUSR1", "compile", 1, marks=pytest.mark.slow),
     ],
 )
 def test_a_signal_to_one_process_stops_all_after_the_same_step(whole, tmp_path, name, place, count):
-    codes = train(tmp_path / "run", 2, (1, name, place, count))
+    ended = train(tmp_path / "run", 2, (1, name, place, count))
     logs = [(tmp_path / f"run-{number}.log").read_text() for number in range(2)]
-    assert codes == [AGAIN, AGAIN], logs
+    assert ended == [AGAIN, AGAIN], logs
     assert all(f"{name} in process 1: nothing is lost" in log for log in logs)
     assert train(tmp_path / "run", 2) == [0, 0]
     assert leaves_of(str(tmp_path / "run")) == leaves_of(str(whole))
     assert lines_of(tmp_path / "run") == lines_of(whole)
     assert result_of(tmp_path / "run") == result_of(whole)
     assert rows_of(tmp_path / "run", 2) == rows_of(whole, 2)
+
+
+def test_an_error_that_one_process_meets_is_one_of_all(whole, tmp_path):
+    """The folder is in use: only the first process looks."""
+    workdir = Path(shutil.copytree(whole, tmp_path / "run"))
+    (workdir / "result.json").unlink()
+    with locked(workdir):
+        assert train(workdir, 2) == [2, 2]
+    assert all("in use by" in (tmp_path / f"run-{n}.log").read_text() for n in range(2))
+    newest = max((workdir / "checkpoints").glob("[0-9]*"), key=lambda path: int(path.name))
+    (newest / "manifest.json").write_text("{}")
+    assert train(workdir, 2) == [0, 0]
+    assert "set aside as" in (tmp_path / "run-0.log").read_text()
+    assert result_of(workdir) == result_of(whole)
 
 
 def alone(workdir: Path, devices: int, threads: int, *before: Any) -> int:

@@ -108,9 +108,9 @@ class Checkpoints:
         told = {"step": step, "frozen": self._frozen, "score": score, "notes": dict(notes or {})}
         hashes = manifest.hashes(state)  # before the next step takes the state's memory
         mark = self.folder / f"{step}{SAVING}"
-        if jax.process_index() == 0:
-            mark.touch()
-        with self._saying():
+        with agreeing(RunFailed), self._saying():
+            if jax.process_index() == 0:
+                mark.touch()
             self._writer.save(self.folder / str(step), args=ocp.args.StandardSave(state))
 
         def complete() -> None:
@@ -125,9 +125,17 @@ class Checkpoints:
         self._saving = self._thread.submit(complete)
 
     def wait(self) -> None:
-        """Block until the save in progress is complete; raises RunFailed if it failed."""
+        """Block until the save in progress is complete everywhere; raises RunFailed if it failed.
+
+        Of several processes all call this.
+        """
         if self._saving:
-            saving, self._saving = self._saving, None
+            with agreeing(RunFailed):
+                self._finish()
+
+    def _finish(self) -> None:
+        saving, self._saving = self._saving, None
+        if saving:
             with self._saying():
                 saving.result()
 
@@ -137,7 +145,9 @@ class Checkpoints:
         try:
             yield
         except Exception as error:
-            there = ", ".join(map(str, self.steps())) or "none"
+            there = "unknown"
+            with contextlib.suppress(OSError):
+                there = ", ".join(map(str, self.steps())) or "none"
             reason = next((text for text in REASONS if text in str(error)), first_line(error))
             raise RunFailed(
                 f"a step could not be saved in {self.folder}: {reason}\n"
@@ -145,9 +155,9 @@ class Checkpoints:
             ) from error
 
     def close(self) -> None:
-        """Finish the save in progress and stop the threads behind it."""
+        """Finish this process's part of a save in progress, and stop the threads behind it."""
         try:
-            self.wait()
+            self._finish()
         finally:
             self._thread.shutdown()
             if writer := self.__dict__.pop("_writer", None):

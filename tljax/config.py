@@ -88,7 +88,8 @@ class Data(Section):
     image_size: Positive = 224  # pixels
     length: Annotated[int, Field(ge=3)] = 128  # tokens, at most, [CLS] and [SEP] among them
     vocab: Positive = 8192  # WordPiece entries, when no pretrained tokenizer is given
-    max_corrupt: Count = 0  # training examples that may be corrupt and are left out, a process
+    max_corrupt: Count = 0  # training pictures or records that may be corrupt and are left out, a
+    # process; one of the test part always is an error
     augment: Augment = Augment()
     seed: Count = 0  # of the validation split and the label budget
 

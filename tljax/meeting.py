@@ -14,25 +14,26 @@ LONGEST = 1000  # bytes of an error that processes tell each other
 
 
 @contextmanager
-def agreeing(kind: type[Exception]) -> Iterator[None]:
-    """Raise an error of this kind in every process if it is raised in one of them.
+def agreeing(*kinds: type[Exception]) -> Iterator[None]:
+    """Raise an error of these kinds in every process if it is raised in one of them.
 
     Without it the others would wait for the one that left.  What stands within is done by all
     processes, or by some, and raises nothing else in one alone.
     """
-    text = b""
+    mine = np.zeros(1 + LONGEST, np.uint8)  # which kind, from 1, and its text
     try:
         yield
-    except kind as error:
-        text = str(error).encode()[:LONGEST]
+    except kinds as error:
         if jax.process_count() == 1:
             raise
+        mine[0] = 1 + next(i for i, kind in enumerate(kinds) if isinstance(error, kind))
+        text = str(error).encode()[:LONGEST]
+        mine[1 : 1 + len(text)] = list(text)
     if jax.process_count() > 1:
-        mine = np.zeros(LONGEST, np.uint8)
-        mine[: len(text)] = list(text)
         rows = multihost_utils.process_allgather(mine)
-        if texts := [bytes(row[row > 0]) for row in rows if row.any()]:
-            raise kind(texts[0].decode(errors="replace"))
+        if (met := np.flatnonzero(rows[:, 0])).size:
+            which, text = int(rows[met[0], 0]) - 1, rows[met[0], 1:]
+            raise kinds[which](bytes(text[text > 0]).decode(errors="replace"))
 
 
 class Meeting:
@@ -94,9 +95,9 @@ class Meeting:
             return
         with self._changed:
             self.reason, self._farthest = reason, self._polls + self.ahead
-        self._store.key_value_set(f"{self._name}/{self._process}", str(self._farthest))
         names = [f"{self._name}/{process}" for process in range(self._processes)]
         try:
+            self._store.key_value_set(names[self._process], str(self._farthest))
             polls = [int(self._store.blocking_key_value_get(x, self.patience)) for x in names]
         except jax.errors.JaxRuntimeError:  # one has ended meanwhile: nobody waits any more
             polls = []

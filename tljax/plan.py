@@ -5,8 +5,9 @@ Compiling for a TPU takes its compiler alone, libtpu (extra: plan), and no TPU.
 
 import os
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -67,6 +68,8 @@ def require_room(experiment: Experiment) -> None:
     if limit is None and device.platform == "cpu":  # they share the memory of their host
         held *= len(experiment.mesh.local_devices)
         limit, where = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), "this host"
+        with suppress(OSError, ValueError):  # a container's own limit, or "max"
+            limit = min(limit, int(Path("/sys/fs/cgroup/memory.max").read_text()))
     if limit and held > limit:
         state, frozen = experiment.abstract
         raise BadInput(

@@ -5,7 +5,14 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, closing, nullcontext, suppress
+from contextlib import (
+    AbstractContextManager,
+    ExitStack,
+    closing,
+    contextmanager,
+    nullcontext,
+    suppress,
+)
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
@@ -19,6 +26,7 @@ from jax.experimental import multihost_utils
 from tljax import features
 from tljax.build import Experiment
 from tljax.checkpoint import Checkpoints, digest_of, write_json, write_text
+from tljax.config import parse
 from tljax.data.loader import prefetch_to_device
 from tljax.data.sources import identity
 from tljax.evaluate import evaluate
@@ -192,11 +200,11 @@ def train(
     """
     run, signals = experiment.config.run, signals or Signals()
     began = time.perf_counter()
-    require_room(experiment)
     with ExitStack() as stack:
         if jax.process_count() > 1:
             signals.share(stack.enter_context(closing(meet())))
-        with agreeing(BadInput):
+        with agreeing(BadInput, RunFailed), blamed():
+            require_room(experiment)
             if jax.process_index() == 0:
                 if not (workdir / RESULT).exists():
                     stack.enter_context(locked(workdir))
@@ -227,9 +235,18 @@ def train(
                 born = rewind(experiment, checkpoints, spike)
         else:
             raise RunFailed(f"the loss rose suddenly {REWINDS} times: lower optim.lr")
-        checkpoints.close()  # all is on the disk before the result says that the run is finished
+        checkpoints.wait()  # all is on the disk before the result says that the run is finished
         write_json(workdir / RESULT, result | {"seconds": time.perf_counter() - began})
     return result
+
+
+@contextmanager
+def blamed() -> Iterator[None]:
+    """Make a disk's refusal an error that processes can agree on."""
+    try:
+        yield
+    except OSError as error:
+        raise RunFailed(str(error)) from error
 
 
 def go_on(
@@ -355,6 +372,8 @@ def claim(experiment: Experiment, workdir: Path, command: str) -> None:
     config = experiment.config.model_dump(mode="json")
     if (workdir / RECORD).exists():
         before = read_record(workdir)
+        with suppress(BadInput):  # what was not yet a key had its default
+            before["config"] = parse(before["config"]).model_dump(mode="json")
         old, new = flatten(before["config"]), flatten(config)
         free = FREE if experiment.config.run.spike is None else FREE[:2]
         changed = {k for k in old.keys() | new.keys() if old.get(k) != new.get(k)}
@@ -367,8 +386,8 @@ def claim(experiment: Experiment, workdir: Path, command: str) -> None:
                 "give another --workdir, or the same config to go on"
             )
         if changed.intersection(MESH) or before["device"] != devices():
-            print(f"begun on {before['device']}, goes on on {devices()}, mesh or number another: "
-                  "the same to about 1e-5, not to the bit")  # fmt: skip
+            print(f"begun on {before['device']}, on another mesh or number of devices than "
+                  f"{devices()} now: the same to about 1e-5, not to the bit")  # fmt: skip
         return
     if found := [name for name in (METRICS, "checkpoints") if (workdir / name).exists()]:
         raise BadInput(f"{workdir} has {found[0]} but no {RECORD}; give another --workdir")

@@ -23,11 +23,11 @@ class Allowance:
         with self._lock:
             if example in self.corrupt:
                 return
-            self.corrupt.add(example)
-            count, reason = len(self.corrupt), str(error).partition("\n")[0]
+            count, reason = len(self.corrupt) + 1, str(error).partition("\n")[0]
             if count > self.most:
                 raise BadInput(
                     f"{count} examples are corrupt, more than data.max_corrupt={self.most}; "
                     f"the last one: {reason}"
                 )
+            self.corrupt.add(example)
             print(f"left out, {count} of data.max_corrupt={self.most}: {reason}", file=sys.stderr)

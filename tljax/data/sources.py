@@ -191,6 +191,8 @@ class Prepared(Source):
         """Read what is stored; raises BadInput that names a record that cannot be read."""
         try:
             return self._data.__getitems__(at.tolist())
+        except (MemoryError, PermissionError):
+            raise
         except Exception as error:  # TFDS and array_record raise many kinds
             if len(at) > 1:
                 return [record for i in range(len(at)) for record in self._records(at[i : i + 1])]
@@ -212,7 +214,10 @@ class Prepared(Source):
     def _example(self, index: int, record: Mapping[str, Any]) -> dict[str, Any]:
         values = {ours: record[theirs] for ours, theirs in self._keys.items()}
         for ours in values.keys() & {"text", "text_b"}:
-            values[ours] = values[ours].decode("utf8")
+            try:
+                values[ours] = values[ours].decode("utf8")
+            except UnicodeDecodeError as error:
+                raise BadInput(self._unreadable(index, error)) from error
         if "image" in values:
             values["image"] = decode(values["image"], f"image {index} of {self._name}")
         if "label" in values:
@@ -432,8 +437,11 @@ def _open_tfds(data: Data, task: str | None) -> tuple[dict[str, Source], Info]:
     asked = {"train": "train", "test": data.test}
     if data.test == "test" and "test" not in builder.info.splits:
         del asked["test"]
-    most = data.max_corrupt
-    return {part: Prepared(builder, split, keys, info, most) for part, split in asked.items()}, info
+    most = {"train": data.max_corrupt}
+    return {
+        part: Prepared(builder, split, keys, info, most.get(part, 0))
+        for part, split in asked.items()
+    }, info
 
 
 def _prepare(builder: Local) -> Local:
@@ -494,9 +502,11 @@ def _open_path(data: Data, task: str | None) -> tuple[dict[str, Source], Info]:
     may_lack = {"test"} if data.test == "test" else set()  # else a slip would go unnoticed
     for part in asked.keys() - may_lack - places.keys():
         raise BadInput(f"{path} lacks its {part} part {asked[part]!r}, or names it otherwise")
-    allowance = Allowance(data.max_corrupt)
+    allowances = {"train": Allowance(data.max_corrupt), "test": Allowance(0)}
     tables = {
-        part: read_table(place, data.columns) if place.is_file() else _read_folder(place, allowance)
+        part: read_table(place, data.columns)
+        if place.is_file()
+        else _read_folder(place, allowances[part])
         for part, place in places.items()
     }
     for part, (rows, values) in tables.items():

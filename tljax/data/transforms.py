@@ -34,8 +34,9 @@ def to_array(image: Image.Image) -> Pixels:
 def _decoding(name: str) -> Iterator[None]:
     try:
         yield
-    # Pillow raises SyntaxError on broken PNG chunks, and ValueError on some broken compression.
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (BadInput, MemoryError, PermissionError):
+        raise
+    except Exception as error:  # Pillow raises many kinds: SyntaxError on broken PNG chunks, ..
         raise BadInput(f"{name} cannot be decoded: {error}\nReplace or remove it.") from error
 
 
