@@ -5,11 +5,14 @@ import fcntl
 import hashlib
 import json
 import os
+import reprlib
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -480,11 +483,26 @@ def _read_features(features: Mapping[str, Any], keys: dict[str, str]) -> list[In
     )
 
 
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxother = 100
+
+
+def short(value: Any) -> str:
+    """Show a value of a file, of whatever size, in one line."""
+    return _SHORT.repr(value)
+
+
+def first_few(names: Iterable[Any]) -> str:
+    """Show the first names of a file in one line."""
+    shown = [" ".join(str(name)[:40].split()) for name in islice(names, 12)]
+    return ", ".join(shown)
+
+
 def _refuse_missing(name: str, keys: dict[str, str], present: Mapping[str, Any]) -> None:
     for key in keys.values():
         if key not in present:
             raise BadInput(
-                f"{name} has no column {key!r}: it has {', '.join(present)}.\n"
+                f"{name} has no column {key!r}: it has {first_few(present)}.\n"
                 'Say which to use, for example columns={"text": "...", "label": "..."}.'
             )
 
@@ -544,11 +562,15 @@ def _is_picture(file: Path, whole: bool, allowance: Allowance) -> bool:
 def _parse_table(path: Path) -> list[dict]:
     with path.open(encoding="utf-8-sig", newline="") as stream:
         if path.suffix != ".jsonl":
-            return list(csv.DictReader(stream, delimiter="\t" if path.suffix == ".tsv" else ","))
+            reader = csv.DictReader(stream, delimiter="\t" if path.suffix == ".tsv" else ",")
+            counts = Counter(reader.fieldnames or ())
+            if twice := [name for name, count in counts.items() if count > 1]:
+                raise BadInput(f"{path} has two columns of one name: {first_few(twice)}")
+            return list(reader)
         rows = [json.loads(line) for line in stream if line.strip()]
     for number, row in enumerate(rows, 1):
         if not isinstance(row, dict):
-            raise BadInput(f"{path}, row {number} is {row!r}: expected an object of columns")
+            raise BadInput(f"{path}, row {number} is {short(row)}: expected an object of columns")
     return rows
 
 
@@ -556,6 +578,8 @@ def read_table(path: Path, columns: Mapping[str, str]) -> tuple[list[dict], list
     """Read rows of {"text", "text_b"?} and the values of the label column, None without one."""
     try:
         table = _parse_table(path)
+    except BadInput:
+        raise
     except (ValueError, RecursionError, csv.Error) as error:  # JSON's and Unicode's are ValueErrors
         raise BadInput(f"{path} is no {path.suffix} table in UTF-8: {error}") from None
     if not table:
@@ -570,7 +594,8 @@ def read_table(path: Path, columns: Mapping[str, str]) -> tuple[list[dict], list
         _refuse_missing(str(path), keys, row)
         for our, key in keys.items():
             if our != "label" and not isinstance(row[key], str):
-                raise BadInput(f"{path}, row {number}: column {key!r} holds {row[key]!r}, no {our}")
+                held = short(row[key])
+                raise BadInput(f"{path}, row {number}: column {key!r} holds {held}, no {our}")
             if our != "label" and not _is_unicode(row[key]):
                 raise BadInput(f"{path}, row {number}: column {key!r} holds half a character")
     values = [row[keys["label"]] for row in table] if "label" in keys else None
@@ -593,7 +618,11 @@ def _read_labels(values: list, place: Path) -> list:
         values = [cut(value) if isinstance(value, str) else value for value in values]
     for number, value in enumerate(values, 1):
         if value == "" or not isinstance(value, str | int | float | list):
-            raise BadInput(f"{place}, row {number}: the label is {value!r}; give it one, or no row")
+            raise BadInput(
+                f"{place}, row {number}: the label is {short(value)}; give it one, or no row"
+            )
+        if not all(_is_unicode(str(label)) for label in _listed(value)):
+            raise BadInput(f"{place}, row {number}: the label holds half a character")
     return values
 
 
@@ -646,13 +675,13 @@ def _to_label(value: Any, info: Info, index: dict[str, int], where: str | Path) 
         with suppress(TypeError, ValueError):
             if np.isfinite(number := label_row(value, info)):
                 return number
-        raise BadInput(f"{where}: label {value!r} is not a finite number")
+        raise BadInput(f"{where}: label {short(value)} is not a finite number")
     listed = [value] if info.task == "classify" else _listed(value)
     for label in map(str, listed):
         if label not in index:
             raise BadInput(
-                f"{where}: label {label!r} is outside the classes of the "
-                f"training part: {', '.join(info.names[:12])}"
+                f"{where}: label {short(label)} is outside the classes of the "
+                f"training part: {first_few(info.names)}"
             )
     found = [index[str(label)] for label in listed]
     return label_row(found[0] if info.task == "classify" else found, info)
