@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -97,6 +98,25 @@ def kill_at(step: int) -> None:
         inner(self, now, metrics)
 
     train.Intervals.add = add
+
+
+def kill_in_save(number: int, delay: float) -> None:
+    """Let the process kill itself so many seconds after the number-th save has begun."""
+    from tljax.checkpoint import Checkpoints
+
+    inner, left = Checkpoints.save, [number]
+
+    def kill() -> None:
+        time.sleep(delay)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def save(*args: Any, **more: Any) -> None:
+        left[0] -= 1
+        if left[0] == 0:
+            threading.Thread(target=kill).start()
+        inner(*args, **more)
+
+    Checkpoints.save = save
 
 
 def use_devices(count: int) -> None:

@@ -1,7 +1,7 @@
 """SIGKILL at random moments, again and again: every run ends with the state of one without.
 
-The fast tests kill one run; KILLS=20 pytest -m "slow or not slow" tests/test_kills.py kills every
-model and strategy so often: 240 runs.
+The fast tests kill one run, one in a save, and ask one to stop.  The long set, of 240, 40 and 20:
+KILLS=20 SAVES=40 STOPS=20 pytest -m "slow or not slow" tests/test_kills.py
 """
 
 import json
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from forked import start
+from forked import kill_in_save, run, start
 from test_resume import (
     BERT,
     DIGITS,
@@ -26,6 +26,7 @@ from test_resume import (
 
 from tljax.checkpoint import Checkpoints
 from tljax.manifest import read
+from tljax.preemption import AGAIN
 
 pytestmark = pytest.mark.once
 
@@ -77,8 +78,11 @@ def whole(settings: dict[str, Any], kind: str, name: str) -> Path:
 
 
 def command(config: Path, workdir: Path) -> BaseProcess:
-    words = ["train", f"--config={config}", f"--workdir={workdir}"]
-    return start(words, workdir.with_name(f"{workdir.name}.log"))
+    return start(words_of(config, workdir), workdir.with_name(f"{workdir.name}.log"))
+
+
+def words_of(config: Path, workdir: Path) -> list[str]:
+    return ["train", f"--config={config}", f"--workdir={workdir}"]
 
 
 def leaves(workdir: Path) -> dict[str, Any]:
@@ -120,6 +124,39 @@ def test_a_run_that_is_killed_ends_as_one_that_is_not(settings, kind, name):
         assert leaves(workdir) == leaves(expected)
         assert result_of(workdir) == result_of(expected)
         assert lines_of(workdir) == lines_of(expected)
+
+
+def test_a_run_that_is_killed_in_a_save_ends_as_one_that_is_not(settings):
+    expected, config = whole(settings, "vit", "scratch"), config_of(settings, "vit", "scratch")
+    numbers = np.random.default_rng(2)
+    for number in range(int(os.environ.get("SAVES", "1"))):
+        workdir = settings["folder"] / f"save-{number}"
+        strike = (kill_in_save, (int(numbers.integers(1, 5)), float(numbers.uniform(0, 0.15))))
+        killed = run(words_of(config, workdir), workdir.with_suffix(".log"), strike)
+        assert killed in (-9, 0)  # 0: the last save was complete before
+        newest = max([0, *steps_of(workdir)])
+        command(config, workdir).join()
+        assert max(steps_of(workdir)) >= newest
+        assert leaves(workdir) == leaves(expected) and lines_of(workdir) == lines_of(expected)
+        assert all(path.name.isdecimal() for path in (workdir / "checkpoints").iterdir())
+
+
+def test_a_run_that_is_asked_to_stop_at_any_moment_saves_and_goes_on(settings):
+    """From the moment that it says what it trains: while compiling, evaluating and saving too."""
+    expected, config = whole(settings, "vit", "scratch"), config_of(settings, "vit", "scratch")
+    seconds = json.loads((expected / "result.json").read_text())["seconds"]
+    numbers = np.random.default_rng(3)
+    for number in range(int(os.environ.get("STOPS", "1"))):
+        workdir = settings["folder"] / f"stop-{number}"
+        process, log = command(config, workdir), workdir.with_name(f"{workdir.name}.log")
+        while "every leaf" not in (log.read_text() if log.exists() else ""):
+            time.sleep(0.01)
+        time.sleep(numbers.uniform(0, 0.5 * seconds))
+        process.terminate()
+        process.join()
+        assert process.exitcode == AGAIN or (workdir / "result.json").exists()
+        command(config, workdir).join()
+        assert leaves(workdir) == leaves(expected) and lines_of(workdir) == lines_of(expected)
 
 
 @pytest.mark.slow

@@ -16,7 +16,8 @@ from tljax.build import precision
 from tljax.checkpoint import read_tree, write_text
 from tljax.config import Config, parse
 from tljax.data.pipeline import Pipeline, open_inputs, open_pipeline, unlabelled
-from tljax.data.sources import PICTURES, TABLES, read_table
+from tljax.data.sources import PICTURES
+from tljax.data.tables import TABLES, read_table
 from tljax.evaluate import evaluate
 from tljax.models import MODELS
 from tljax.source import RECORD, plain, read_record, require_same_body

@@ -1,18 +1,14 @@
 """Where examples come from: prepared TFDS data, folders of images, files of rows."""
 
-import csv
 import fcntl
 import hashlib
 import json
 import os
-import reprlib
 import sys
-from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -25,6 +21,15 @@ from tljax.config import Data
 from tljax.data import builders_image, builders_text
 from tljax.data.builders_image import Local, Material, stratified_order
 from tljax.data.corrupt import Allowance
+from tljax.data.tables import (
+    TABLES,
+    first_few,
+    listed,
+    read_labels,
+    read_table,
+    refuse_missing,
+    short,
+)
 from tljax.data.transforms import decode, opened
 from tljax.tree import nearest
 from tljax.types import BadInput
@@ -43,7 +48,6 @@ BUILDERS: dict[str, Callable[[], Material]] = {
     "pos": builders_text.pos,
     "plaintext": builders_text.plaintext,
 }
-TABLES = (".csv", ".tsv", ".jsonl")
 PICTURES = (".png", ".jpg", ".jpeg")
 WHOLE = 5000  # a folder of up to so many pictures is decoded once to find a damaged one
 
@@ -433,7 +437,7 @@ def _open_tfds(data: Data, task: str | None) -> tuple[dict[str, Source], Info]:
                 builder = _prepare(Local(plain, make(), folder))
     features = builder.info.features
     keys = _guess_keys(features) | data.columns
-    _refuse_missing(data.name, keys, features)
+    refuse_missing(data.name, keys, features)
     info = _choose(_read_features(features, keys), task, data.name)
     if info.task is None:
         keys.pop("label", None)
@@ -483,30 +487,6 @@ def _read_features(features: Mapping[str, Any], keys: dict[str, str]) -> list[In
     )
 
 
-_SHORT = reprlib.Repr()
-_SHORT.maxstring = _SHORT.maxother = 100
-
-
-def short(value: Any) -> str:
-    """Show a value of a file, of whatever size, in one line."""
-    return _SHORT.repr(value)
-
-
-def first_few(names: Iterable[Any]) -> str:
-    """Show the first names of a file in one line."""
-    shown = [" ".join(str(name)[:40].split()) for name in islice(names, 12)]
-    return ", ".join(shown)
-
-
-def _refuse_missing(name: str, keys: dict[str, str], present: Mapping[str, Any]) -> None:
-    for key in keys.values():
-        if key not in present:
-            raise BadInput(
-                f"{name} has no column {key!r}: it has {first_few(present)}.\n"
-                'Say which to use, for example columns={"text": "...", "label": "..."}.'
-            )
-
-
 def _open_path(data: Data, task: str | None) -> tuple[dict[str, Source], Info]:
     """Open the files of each part; a test part that is not there is left out, for carving."""
     path, asked = Path(data.name), {"train": "train", "test": data.test}
@@ -529,7 +509,7 @@ def _open_path(data: Data, task: str | None) -> tuple[dict[str, Source], Info]:
     }
     for part, (rows, values) in tables.items():
         read = values is not None and task != "mlm"
-        tables[part] = rows, _read_labels(values, places[part]) if read else None
+        tables[part] = rows, read_labels(values, places[part]) if read else None
     info = _choose(_read_infos(*tables["train"]), task, data.name)
     return {
         part: _to_rows(rows, values, info, places[part]) for part, (rows, values) in tables.items()
@@ -559,79 +539,12 @@ def _is_picture(file: Path, whole: bool, allowance: Allowance) -> bool:
     return True
 
 
-def _parse_table(path: Path) -> list[dict]:
-    with path.open(encoding="utf-8-sig", newline="") as stream:
-        if path.suffix != ".jsonl":
-            reader = csv.DictReader(stream, delimiter="\t" if path.suffix == ".tsv" else ",")
-            counts = Counter(reader.fieldnames or ())
-            if twice := [name for name, count in counts.items() if count > 1]:
-                raise BadInput(f"{path} has two columns of one name: {first_few(twice)}")
-            return list(reader)
-        rows = [json.loads(line) for line in stream if line.strip()]
-    for number, row in enumerate(rows, 1):
-        if not isinstance(row, dict):
-            raise BadInput(f"{path}, row {number} is {short(row)}: expected an object of columns")
-    return rows
-
-
-def read_table(path: Path, columns: Mapping[str, str]) -> tuple[list[dict], list | None]:
-    """Read rows of {"text", "text_b"?} and the values of the label column, None without one."""
-    try:
-        table = _parse_table(path)
-    except BadInput:
-        raise
-    except (ValueError, RecursionError, csv.Error) as error:  # JSON's and Unicode's are ValueErrors
-        raise BadInput(f"{path} is no {path.suffix} table in UTF-8: {error}") from None
-    if not table:
-        raise BadInput(f"{path} has no rows")
-    keys = {key: key for key in ("text", "text_b", "label") if key == "text" or key in table[0]}
-    keys |= columns
-    for number, row in enumerate(table, 1):
-        if None in row:  # csv's name for what is beyond the header
-            raise BadInput(
-                f"{path}, row {number} has more fields than the header: quote its commas"
-            )
-        _refuse_missing(str(path), keys, row)
-        for our, key in keys.items():
-            if our != "label" and not isinstance(row[key], str):
-                held = short(row[key])
-                raise BadInput(f"{path}, row {number}: column {key!r} holds {held}, no {our}")
-            if our != "label" and not _is_unicode(row[key]):
-                raise BadInput(f"{path}, row {number}: column {key!r} holds half a character")
-    values = [row[keys["label"]] for row in table] if "label" in keys else None
-    return [{our: row[key] for our, key in keys.items() if our != "label"} for row in table], values
-
-
-def _is_unicode(text: str) -> bool:
-    """Tell whether a text has no lone surrogate, which JSON can spell and no tokenizer reads."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _read_labels(values: list, place: Path) -> list:
-    """Check the values of a label column; where one of them has a "|", all are lists."""
-    if any(isinstance(value, str) and "|" in value for value in values):
-        cut = lambda text: [part for part in text.split("|") if part]  # noqa: E731
-        values = [cut(value) if isinstance(value, str) else value for value in values]
-    for number, value in enumerate(values, 1):
-        if value == "" or not isinstance(value, str | int | float | list):
-            raise BadInput(
-                f"{place}, row {number}: the label is {short(value)}; give it one, or no row"
-            )
-        if not all(_is_unicode(str(label)) for label in _listed(value)):
-            raise BadInput(f"{place}, row {number}: the label holds half a character")
-    return values
-
-
 def _read_infos(rows: list[dict], values: list | None) -> list[Info]:
     """List what the training labels can serve, the likeliest first."""
     kind: Kind = "image" if "image" in rows[0] else "text"
     if values is None:
         return [Info(kind)]
-    names = sorted({str(label) for value in values for label in _listed(value)})
+    names = sorted({str(label) for value in values for label in listed(value)})
     if not names:
         raise BadInput("the training part has lists of labels, and all of them are empty")
     if any(isinstance(value, list) for value in values):
@@ -644,10 +557,6 @@ def _read_infos(rows: list[dict], values: list | None) -> list[Info]:
     classes, number = Info(kind, "classify", tuple(names)), Info(kind, "regress")
     fractions = kind == "text" and not all(name.lstrip("+-").isdigit() for name in names)
     return [number] if fractions else [classes, number]
-
-
-def _listed(value: Any) -> list:
-    return value if isinstance(value, list) else [value]
 
 
 def _refuse_uneven(text: str, tags: Sequence[int], where: str | Path) -> None:
@@ -676,12 +585,12 @@ def _to_label(value: Any, info: Info, index: dict[str, int], where: str | Path) 
             if np.isfinite(number := label_row(value, info)):
                 return number
         raise BadInput(f"{where}: label {short(value)} is not a finite number")
-    listed = [value] if info.task == "classify" else _listed(value)
-    for label in map(str, listed):
+    values = [value] if info.task == "classify" else listed(value)
+    for label in map(str, values):
         if label not in index:
             raise BadInput(
                 f"{where}: label {short(label)} is outside the classes of the "
                 f"training part: {first_few(info.names)}"
             )
-    found = [index[str(label)] for label in listed]
+    found = [index[str(label)] for label in values]
     return label_row(found[0] if info.task == "classify" else found, info)
