@@ -453,7 +453,7 @@ def test_a_failing_background_save_surfaces(tmp_path, monkeypatch):
     for name in ("rename", "replace"):
         monkeypatch.setattr(os, name, full)
     run.save(2, make_state(2))
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(RunFailed, match="No space left"):
         run.wait()
     monkeypatch.undo()
     run.close()

@@ -44,7 +44,7 @@ def whole(tmp_path_factory) -> Path:
         ("SIGTERM", "compile", 1),
     ],
 )
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_a_signal_saves_and_the_run_goes_on_as_if_there_had_been_none(
     whole, tmp_path, name, place, count
 ):
