@@ -450,7 +450,7 @@ def timm_vit(timm, **fields):
     ],
     ids=["qk_norm", "registers", "fc_norm", "avg", "gap", "siglip", "map", "pre_norm", "rectangle"],
 )  # fmt: skip
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_vit_equals_timm_at_another_image_size(timm, theirs, ours):
     reference = timm_vit(timm, **theirs)
     x = images(2, 12, 24, 3)
@@ -478,7 +478,7 @@ CLIP_VISION = {"patch_bias": False, "embed_norm": True, "eps": 1e-5, "activation
 
 @pytest.mark.torch
 @pytest.mark.parametrize(("kind", "eps"), [("vit", 1e-12), ("dinov2", 1e-6), ("clip", 1e-5)])
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_a_wrong_eps_is_seen_at_tiny_activations(kind, eps):
     import torch
     from transformers import (
@@ -729,7 +729,7 @@ def clip_ids():
 @pytest.mark.torch
 @pytest.mark.parametrize(("eos", "eot"), [(49, 49), (2, None)])
 @pytest.mark.parametrize("masked", [True, False])
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_clip_text_equals_transformers(eos, eot, masked):
     import torch
 
@@ -776,7 +776,7 @@ def resnets(bottleneck, stages=(1, 2, 1), config=None, **fields):
 @pytest.mark.torch
 @pytest.mark.parametrize("bottleneck", [True, False])
 @pytest.mark.parametrize("training", [False, True])
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_resnet_equals_transformers(bottleneck, training):
     model, reference, names = resnets(bottleneck)
     x = images(3, 35, 38, 3)
@@ -819,7 +819,7 @@ def test_resnet_equals_transformers(bottleneck, training):
     ],
     ids=["v1", "first_stage", "basic_first_stage", "widths", "basic_widths"],
 )
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_resnet_variants_equal_transformers(bottleneck, config, fields):
     model, reference, names = resnets(bottleneck, (1, 1), config, **fields)
     x = images(2, 37, 45, 3)
@@ -942,7 +942,7 @@ def start(model, inputs, seed=0):
 
 
 @pytest.mark.parametrize("kind", [*KINDS, "clip_text"])
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_reading_a_block_equals_the_model_without_the_blocks_above(kind):
     shallow = {"stages": (1,)} if kind in ("resnet", "bit") else {"depth": 1}
     head = {} if kind == "clip_text" else {"num_classes": 3}
@@ -960,7 +960,7 @@ def test_reading_a_block_equals_the_model_without_the_blocks_above(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_the_head_starts_at_zero(kind):
     model, inputs = build(kind, num_classes=3)
     variables = jax.jit(model.init)(jax.random.key(0), *inputs)
@@ -989,7 +989,7 @@ def test_bfloat16_runs_and_stays_near_float32(kind):
 
 @pytest.mark.parametrize("kind", ["vit", "bert", "clip_text"])
 @pytest.mark.parametrize("field", ["dropout", "drop_path"])
-@pytest.mark.few(3)
+@pytest.mark.few(2)
 def test_dropout_is_on_only_with_its_rng(kind, field):
     model, inputs = build(kind, **{field: 0.5})
     plain, _ = build(kind)
@@ -1069,7 +1069,7 @@ def test_the_exact_gelu_is_not_the_tanh_one():
         ("bert", {"pool": "pooler", "pooler_activation": "tan"}, "tanh"),
     ],
 )
-@pytest.mark.few(2)
+@pytest.mark.few(1)
 def test_a_wrong_field_is_answered_with_the_right_name(kind, fields, named):
     model, inputs = build(kind, **fields)
     with pytest.raises(BadInput, match=named):

@@ -151,13 +151,14 @@ def saved(tmp_path_factory) -> tuple[Path, Path]:
 @pytest.mark.parametrize(
     ("devices", "mesh"),
     [
+        (1, {}),
         (2, {"fsdp": 2}),
-        *(
-            pytest.param(*case, marks=pytest.mark.slow)
-            for case in ((1, {}), (4, {}), (8, {"fsdp": 4}), (8, {"fsdp": 2, "tensor": 2}))
-        ),
+        (4, {}),
+        (8, {"fsdp": 4}),
+        (8, {"fsdp": 2, "tensor": 2}),
     ],
 )
+@pytest.mark.slow
 def test_a_run_goes_on_elsewhere_with_the_same_losses(saved, tmp_path, devices, mesh):
     """Bitwise equal arrays: test_checkpoint.py.  Here the next 20 losses, as sums differ."""
     begun, ended = saved
