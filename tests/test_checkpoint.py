@@ -151,7 +151,7 @@ def test_a_process_killed_while_saving_loses_nothing_saved(tmp_path):
 
 @pytest.fixture
 def small_disk(tmp_path):
-    """A file system of 4 MB."""
+    """A file system of 4 MB; only root may mount one, so that others leave these tests out."""
     disk = tmp_path / "disk"
     disk.mkdir()
     words = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)]
@@ -181,7 +181,7 @@ def test_a_full_disk_is_said_at_this_save_and_the_step_before_is_whole(small_dis
 
 @pytest.mark.parametrize("how", ["read-only", "no permission"])
 def test_a_folder_that_cannot_be_written_is_said_at_this_save(tmp_path, how):
-    """By a user without root's rights, who may write anywhere."""
+    """By a user without root's rights, who may write anywhere; mounting read-only takes them."""
     if how == "read-only" and os.geteuid():
         pytest.skip("mounting a file system is not allowed here")
     with tempfile.TemporaryDirectory() as top:
