@@ -12,8 +12,10 @@ CACHE = ROOT / ".cache"
 
 # Tests of one device take jax.devices()[:1]; the mesh tests take all eight.
 flags = os.environ.get("XLA_FLAGS", "")
-# Compiling is most of the time the tests take: LLVM's dear passes would gain tiny models nothing.
-flags += " --xla_llvm_disable_expensive_passes=true"
+# Compiling is most of the time the tests take, and optimised machine code gains tiny models nothing.
+flags += " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+if importlib.util.find_spec("libtpu") is None:  # which reads the same flags, and dies of this one
+    flags += " --xla_cpu_use_fusion_emitters=false"
 os.environ["XLA_FLAGS"] = f"{flags} --xla_force_host_platform_device_count=8".strip()
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
@@ -21,7 +23,7 @@ os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 # matrices that resample a position table.
 os.environ["JAX_CAPTURED_CONSTANTS_WARN_BYTES"] = str(64 * 1024)
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE / "jax"))
-os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 # Tests start processes and change folders, and leave the user's own data alone.
 os.environ["TLJAX_ASSETS"] = str(Path(os.environ.get("TLJAX_ASSETS", ROOT / "assets")).resolve())
 os.environ.setdefault("TLJAX_DATA", str(CACHE / "tfds"))
