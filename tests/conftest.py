@@ -12,7 +12,7 @@ CACHE = ROOT / ".cache"
 
 # Tests of one device take jax.devices()[:1]; the mesh tests take all eight.
 flags = os.environ.get("XLA_FLAGS", "")
-# Compiling is most of the time the tests take, and optimised machine code gains tiny models nothing.
+# Compiling is most of the time the tests take, and optimised code gains tiny models nothing.
 flags += " --xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 if importlib.util.find_spec("libtpu") is None:  # which reads the same flags, and dies of this one
     flags += " --xla_cpu_use_fusion_emitters=false"
