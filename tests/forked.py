@@ -172,3 +172,8 @@ def watch(path: Path) -> None:
 
     train.Intervals.add = add
     jax.monitoring.register_event_duration_secs_listener(compiled)
+
+
+def set_environment(values: dict[str, str]) -> None:
+    """Set variables of the environment."""
+    os.environ.update(values)

@@ -41,35 +41,35 @@ def make_parser() -> argparse.ArgumentParser:
         name, help=text, description=text, parents=[common, *parents]
     )
     train = add("train", "train, or go on with, a run in a folder", config)
-    train.add_argument("--workdir", required=True, type=Path, help="folder of the run")
+    train.add_argument("--workdir", required=True, help="folder of the run, or gs://..")
     inspect = add("inspect", "print the tables and the plan of a config, without training", config)
     inspect.add_argument("--topology", help="plan for TPUs that are elsewhere, such as v5e:2x2")
     sweep = add("sweep", "train many heads on features computed once; keep the best", config)
     sweep.add_argument("--lr", required=True, help="peak learning rates: 1e-3,1e-2")
     sweep.add_argument("--decay", default="0", help="weight decays (default: 0)")
     sweep.add_argument("--read", help="blocks to read: blocks/5,blocks/8 (default: the config's)")
-    sweep.add_argument("--workdir", required=True, type=Path, help="a new folder, of the best run")
+    sweep.add_argument("--workdir", required=True, help="a new folder, of the best run")
     evaluate = add("eval", "evaluate a finished run again, or on other data with the same labels")
-    evaluate.add_argument("workdir", type=Path, help="folder of the run")
+    evaluate.add_argument("workdir", help="folder of the run")
     evaluate.add_argument("--data", help="another data set, image folder or text file, or a run's")
     evaluate.add_argument("--split", default="test", choices=("validation", "test"))
     fisher = add("fisher", "estimate a run's Fisher information, for strategy ewc")
-    fisher.add_argument("workdir", type=Path, help="folder of the run")
+    fisher.add_argument("workdir", help="folder of the run")
     fisher.add_argument("--examples", type=int, help="so many of its training examples (all)")
     fisher.add_argument("--labels", default="sampled", help="sampled (default), expected or true")
     soup = add("soup", "average the weights of finished runs into a new one")
-    soup.add_argument("out", type=Path, help="a new folder, of a finished run")
-    soup.add_argument("runs", nargs="+", type=Path, metavar="RUN", help="finished runs")
+    soup.add_argument("out", help="a new folder, of a finished run")
+    soup.add_argument("runs", nargs="+", metavar="RUN", help="finished runs")
     soup.add_argument("--weights", type=numbers, help="of the runs: .3,.7 (default: equal)")
     soup.add_argument("--greedy", action="store_true", help="add runs while validation allows it")
     soup.add_argument("--alphas", type=numbers, help="WiSE-FT between two: 0,.25,.5,.75,1")
     predict = add("predict", "label images or texts with a finished run")
-    predict.add_argument("workdir", type=Path, help="folder of the run")
+    predict.add_argument("workdir", help="folder of the run")
     predict.add_argument("paths", nargs="+", type=Path, metavar="PATH", help="files or folders")
-    predict.add_argument("--out", type=Path, default=Path("preds.jsonl"), help="JSONL to write")
+    predict.add_argument("--out", default="preds.jsonl", help="JSONL to write")
     export = add("export", "write weights for transformers, timm, PEFT or big_vision")
     export.add_argument("source", help="a run, or whatever tljax.load takes")
-    export.add_argument("folder", type=Path, help="a new folder")
+    export.add_argument("folder", help="a new folder")
     export.add_argument("--to", default="hf", help="hf, timm, npz or peft (default: hf)")
     export.add_argument("--merge", action="store_true", help="fold LoRA into the kernels")
     export.add_argument("--dtype", help="of the file: float32, bfloat16, float16; as the source")
@@ -80,12 +80,12 @@ def make_parser() -> argparse.ArgumentParser:
     words = ckpt.add_subparsers(dest="what", required=True, metavar="WHAT")
     look = lambda name, text: words.add_parser(name, help=text, description=text, parents=[common])  # noqa: E731
     for name, text in (("ls", "list what is saved"), ("verify", "read all of it")):
-        look(name, text).add_argument("run", type=Path, help="folder of the run")
+        look(name, text).add_argument("run", help="folder of the run")
     compare = look("diff", "compare two states leaf by leaf")
     compare.add_argument("one", help="RUN, or RUN@STEP")
     compare.add_argument("other", help="RUN, or RUN@STEP")
     prune = look("prune", "remove all steps but some")
-    prune.add_argument("run", type=Path, help="folder of the run")
+    prune.add_argument("run", help="folder of the run")
     prune.add_argument("--keep", type=int, default=1, help="newest steps that stay (default: 1)")
     prune.add_argument("--best", type=int, default=0, help="best steps that stay (default: 0)")
     demo = add("demo", "adapt real weights to real data by every strategy, and compare")
@@ -117,7 +117,7 @@ def run(arguments: argparse.Namespace, overrides: dict[str, str], signals: Signa
     # Imported late, so that --help and a misspelt verb answer at once.
     from tljax import inference, plan, train
     from tljax.build import build, precision, read_config
-    from tljax.checkpoint import to_json
+    from tljax.storage import place, to_json
 
     if arguments.verb in ("train", "inspect"):
         config = read_config(arguments.config, overrides)
@@ -126,8 +126,8 @@ def run(arguments: argparse.Namespace, overrides: dict[str, str], signals: Signa
                 told = arguments.workdir, arguments.command, signals
                 print(to_json(train.train(build(config), *told)))
             else:
-                place = arguments.topology
-                experiment = build(config, devices=plan.devices_of(place) if place else None)
+                topology = arguments.topology
+                experiment = build(config, devices=plan.devices_of(topology) if topology else None)
                 print(train.tables(experiment))
                 compiled = plan.compile_step(experiment)
                 cost = plan.cost_of(compiled, config.run.microbatches)
@@ -167,7 +167,7 @@ def run(arguments: argparse.Namespace, overrides: dict[str, str], signals: Signa
     elif arguments.verb == "export":
         from tljax import exporter, pretrained
 
-        exporter.require_new(arguments.folder)
+        exporter.require_new(place(arguments.folder))
         pre = pretrained.load(arguments.source, tower=arguments.tower)
         print(f"{pre.origin}: {pre.report.totals()}; {pre.verified}")
         names = ("to", "merge", "dtype", "naming", "base")
@@ -193,14 +193,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with Signals() if arguments.verb == "train" else nullcontext(Signals()) as signals:
             run(arguments, overrides, signals)
-    except (BadInput, OSError, RunFailed) as error:  # an OSError names its file: disk full, ..
-        if arguments.debug:
-            raise
-        print(f"tljax: {error}", file=sys.stderr)
-        return 2 if isinstance(error, BadInput | FileNotFoundError) else 1
     except Preempted as error:
         print(f"tljax: {error}: nothing is lost; the same command goes on", file=sys.stderr)
         return AGAIN
+    except Exception as error:
+        from tljax.storage import refusals  # late, as above
+
+        if arguments.debug or not isinstance(error, (BadInput, RunFailed, *refusals())):
+            raise
+        print(f"tljax: {error}", file=sys.stderr)  # what refuses names its file: disk full, ..
+        return 2 if isinstance(error, BadInput | FileNotFoundError) else 1
     except KeyboardInterrupt:
         print("tljax: interrupted; a run goes on from its last save", file=sys.stderr)
         return 130

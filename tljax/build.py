@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from types import UnionType
 from typing import Any
 
@@ -30,6 +29,7 @@ from tljax.layers import choose, pair
 from tljax.models import MODELS, ViT
 from tljax.source import merged, open_source, require_same_body
 from tljax.state import Roles
+from tljax.storage import STORE, in_store, place
 from tljax.strategies import STRATEGIES
 from tljax.strategies.strategy import Start
 from tljax.tree import flatten, nearest, split
@@ -76,17 +76,19 @@ def check_range(name: str, value: Any, hint: Any, where: str) -> None:
         raise BadInput(f"{where}.{name} is a probability below 1 (given {value!r})")
 
 
-def read_config(place: str, overrides: Mapping[str, str]) -> Config:
+def read_config(given: str, overrides: Mapping[str, str]) -> Config:
     """Run a config file's `get_config(WORD)`, apply dotted overrides, and check the result.
 
-    place: "configs/x.py", "configs/x.py:WORD", or a run's "run.json", which is read and executes
+    given: "configs/x.py", "configs/x.py:WORD", or a run's "run.json", which is read and executes
     nothing.  An override is a Python literal, else a string.
     Raises: BadInput for a missing file, a file without get_config, or anything the schema refuses.
     """
-    path, _, word = place.partition(":")
-    if not Path(path).is_file():
-        there = (str(other) for end in ("*.py", "*.json") for other in Path(path).parent.glob(end))
+    path, _, word = (given, "", "") if given.startswith(STORE) else given.partition(":")
+    if not (file := place(path)).is_file():
+        there = (str(other) for end in ("*.py", "*.json") for other in file.parent.glob(end))
         raise BadInput(f"no config file {path}; nearest: {nearest(path, list(there))}")
+    if in_store(file) and file.suffix != ".json":
+        raise BadInput(f"{path}: of an object store only a run's run.json is read as a config")
     words = (word,) if word else ()
     values = replayed(path, words) if path.endswith(".json") else run_config(path, words)
     for dotted, text in overrides.items():
@@ -112,7 +114,7 @@ def replayed(path: str, words: tuple[str, ...]) -> dict[str, Any]:
     if words:
         raise BadInput(f"{path} takes no word, but {words[0]!r} is given: it is one run's config")
     try:
-        return dict(json.loads(Path(path).read_text())["config"])
+        return dict(json.loads(place(path).read_text())["config"])
     except (ValueError, KeyError, TypeError, RecursionError):
         raise BadInput(f"{path} is no record of a run: expected a run's run.json") from None
 

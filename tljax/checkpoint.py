@@ -1,7 +1,9 @@
-"""What a run keeps on disk, and the only place of orbax.
+"""What a run keeps, on a disk or in an object store, and the only place of orbax.
 
 run/checkpoints/<step>/              the state, by orbax, and last its manifest
-run/checkpoints/damaged/<step>-<n>/  a step that was not what its manifest says, and why
+run/checkpoints/<step>.saving        a mark: the step is being saved, or removed
+run/checkpoints/damaged/<step>-<n>/  a step that was not what its manifest says
+run/checkpoints/damaged/<step>-<n>.txt  why
 run/frozen/<digest>.safetensors      what never moves: written once, named by its content
 """
 
@@ -10,12 +12,10 @@ import errno
 import hashlib
 import json
 import os
-import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,8 +24,9 @@ import orbax.checkpoint as ocp
 import safetensors.numpy
 from jax.experimental import multihost_utils
 
-from tljax import manifest
+from tljax import manifest, storage
 from tljax.meeting import agreeing
+from tljax.storage import Name, Place, in_store, place, run_folder, write_bytes, write_text
 from tljax.tree import flatten, join, unflatten
 from tljax.types import BadInput, RunFailed, Tree
 
@@ -43,8 +44,8 @@ class Checkpoints:
     read: nothing is created, cleaned or set aside.
     """
 
-    def __init__(self, folder: str | Path, keep: int | None = None, best: int = 0):
-        self.folder, self._keep, self._best = Path(folder).absolute(), keep, best
+    def __init__(self, folder: Name, keep: int | None = None, best: int = 0):
+        self.folder, self._keep, self._best = storage.absolute(run_folder(folder)), keep, best
         self._frozen: str | None = None
         self._thread = ThreadPoolExecutor(1, "checkpoints")
         self._saving: Future[None] | None = None
@@ -52,7 +53,7 @@ class Checkpoints:
             if not self.folder.is_dir():
                 raise BadInput(f"no checkpoints in {self.folder}: it does not exist")
         elif jax.process_index() == 0:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            storage.make_folder(self.folder)
             self._clean()
         if keep is not None:
             multihost_utils.sync_global_devices("checkpoints opened")
@@ -63,23 +64,24 @@ class Checkpoints:
 
     def _clean(self) -> None:
         """Remove what a killed process left of a save, or of a removal."""
-        for mark in self.folder.glob(f"*{SAVING}"):
-            folder = self.folder / mark.stem
-            if folder.exists() and not (folder / manifest.NAME).exists():
-                shutil.rmtree(folder)
-            mark.unlink()
-        for left in self.folder.glob(f"*{TEMPORARY}*"):
-            shutil.rmtree(left)
+        for name in sorted(storage.names(self.folder)):
+            if TEMPORARY in name:
+                storage.remove(self.folder / name)
+            if name.endswith(SAVING):
+                folder = self.folder / name.removesuffix(SAVING)
+                if not (folder / manifest.NAME).exists():
+                    storage.remove(folder)
+                storage.discard(self.folder / name)
 
     def steps(self) -> list[int]:
         """List the steps that are there, oldest first; whether they are whole, restoring says."""
-        names = {path.name for path in self.folder.iterdir()}
+        names = storage.names(self.folder)
         whole = [name for name in names if name.isdecimal() and f"{name}{SAVING}" not in names]
         return sorted(map(int, whole))
 
     def require_new(self) -> None:
         """Raise BadInput if steps were saved here once, and all of them are set aside."""
-        if any((self.folder / DAMAGED).glob("*")):
+        if DAMAGED in storage.names(self.folder):
             raise BadInput(
                 f"no step in {self.folder} is whole, see {DAMAGED}: a run never begins anew by "
                 "itself; give another --workdir"
@@ -110,7 +112,7 @@ class Checkpoints:
         mark = self.folder / f"{step}{SAVING}"
         with agreeing(RunFailed), self._saying():
             if jax.process_index() == 0:
-                mark.touch()
+                storage.create(mark, b"")
             self._writer.save(self.folder / str(step), args=ocp.args.StandardSave(state))
 
         def complete() -> None:
@@ -118,8 +120,7 @@ class Checkpoints:
             if jax.process_index() == 0:
                 leaves = manifest.describe(like, jax.device_get(hashes))
                 manifest.write(self.folder / str(step), told | {"leaves": leaves})
-                mark.unlink()
-                manifest.sync(self.folder)
+                storage.discard(mark)
                 self.prune()
 
         self._saving = self._thread.submit(complete)
@@ -177,8 +178,11 @@ class Checkpoints:
 
     def remove(self, step: int) -> None:
         """Remove a step; what a kill leaves of it is cleaned like an unfinished one."""
-        gone = (self.folder / str(step)).rename(self.folder / f"{step}{TEMPORARY}")
-        shutil.rmtree(gone)
+        folder, mark = self.folder / str(step), self.folder / f"{step}{SAVING}"
+        storage.create(mark, b"")
+        storage.discard(folder / manifest.NAME)
+        storage.remove(folder)
+        storage.discard(mark)
 
     def told(self, step: int) -> dict[str, Any]:
         """Read what a step's manifest tells, {} if it cannot be read."""
@@ -279,13 +283,14 @@ class Checkpoints:
             return manifest.read(self.folder / str(step), files=jax.process_index() == 0)
 
     def set_aside(self, step: int, reason: str) -> None:
-        """Rename a step, write why, and say it."""
+        """Move a step out of the way, write why, and say it."""
         if jax.process_index() == 0:
-            place = self.folder / DAMAGED
-            place.mkdir(exist_ok=True)
-            moved = place / f"{step}-{len(list(place.glob(f'{step}-*.txt')))}"
+            aside = self.folder / DAMAGED
+            storage.make_folder(aside)
+            before = [name for name in storage.names(aside) if name.startswith(f"{step}-")]
+            moved = aside / f"{step}-{sum(name.endswith('.txt') for name in before)}"
             write_text(moved.with_suffix(".txt"), f"{reason}\n")
-            (self.folder / str(step)).rename(moved)
+            storage.move(self.folder / str(step), moved)
             print(f"{reason}\nset aside as {moved}", file=sys.stderr)
         multihost_utils.sync_global_devices("step set aside")
 
@@ -301,14 +306,14 @@ class Checkpoints:
         if jax.process_index() == 0 and not _holds(path):
             if path.exists():
                 print(f"{path} is damaged: written again", file=sys.stderr)
-            twins = self.folder.parent.parent.glob(f"*/frozen/{path.name}")
-            twin = next((one for one in twins if _holds(one)), None)
+            runs = () if in_store(path) else self.folder.parent.parent.glob("*/frozen")
+            twin = next((one / path.name for one in runs if _holds(one / path.name)), None)
             if not (twin and _linked(twin, path)):
                 write_bytes(path, content)
         multihost_utils.sync_global_devices("frozen tree saved")
         return self._frozen
 
-    def _frozen_file(self, digest: str) -> Path:
+    def _frozen_file(self, digest: str) -> Place:
         return self.folder.parent / "frozen" / f"{digest}.safetensors"
 
 
@@ -322,49 +327,21 @@ def digest_of(tree: Tree) -> str:
     return hashlib.sha256(safetensors.numpy.save(flatten(tree))).hexdigest()[:32]
 
 
-def read_tree(workdir: str | Path) -> Tree:
+def read_tree(workdir: Name) -> Tree:
     """Read the newest model tree of a run as numpy; raises BadInput if there is none."""
-    with contextlib.closing(Checkpoints(Path(workdir) / "checkpoints")) as checkpoints:
+    with contextlib.closing(Checkpoints(place(workdir) / "checkpoints")) as checkpoints:
         return checkpoints.read()
 
 
-def to_json(content: Any) -> str:
-    """Write a document as strict JSON: NaN and infinity become null."""
-    return json.dumps(json.loads(json.dumps(content), parse_constant=lambda _: None), indent=2)
-
-
-def write_json(path: str | Path, content: Any) -> None:
-    """Write a document whole or not at all; of several processes the first one writes."""
-    write_text(path, f"{to_json(content)}\n")
-
-
-def write_text(path: str | Path, content: str) -> None:
-    """Write a text whole or not at all; of several processes the first one writes."""
-    write_bytes(Path(path), content.encode())
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all; of several processes the first one writes."""
-    if jax.process_index() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f"{path.name}.tmp")
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-
-
-def _holds(path: Path) -> bool:
+def _holds(path: Place) -> bool:
     """Tell whether a file's content is what it is named by."""
     try:
-        with open(path, "rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()[:32] == path.stem
+        return storage.digest(path) == path.stem
     except OSError:
         return False
 
 
-def _linked(twin: Path, path: Path) -> bool:
+def _linked(twin: Place, path: Place) -> bool:
     """Link a file to another run's, if the file system can; tell whether it could."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -377,10 +354,11 @@ def _linked(twin: Path, path: Path) -> bool:
     return True
 
 
-def _load_verified(path: Path) -> dict[str, np.ndarray]:
+def _load_verified(path: Place) -> dict[str, np.ndarray]:
     if not path.exists():
         there = sorted(file.name for file in path.parent.glob("*.safetensors"))
         raise BadInput(f"no frozen tree {path}; its folder holds: {there}")
-    if not _holds(path):
+    local = place(storage.fetched(path.parent, path.name)) / path.name
+    if not _holds(local):
         raise BadInput(f"frozen tree {path} is damaged: its content is not what it is named by")
-    return safetensors.numpy.load_file(path)
+    return safetensors.numpy.load_file(local)

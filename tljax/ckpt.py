@@ -1,42 +1,45 @@
 """A look into a run's checkpoints, and a broom."""
 
 import contextlib
+import os
 import time
-from pathlib import Path
 
-from tljax import manifest
+from tljax import manifest, storage
 from tljax.checkpoint import DAMAGED, Checkpoints
 from tljax.lock import locked
+from tljax.storage import Name, place
 from tljax.types import BadInput, RunFailed
 
 
-def opened(run: Path, keep: int | None = None, best: int = 0) -> Checkpoints:
+def opened(run: Name, keep: int | None = None, best: int = 0) -> Checkpoints:
     """Open the checkpoints of a run's folder; raises BadInput if there are none."""
-    if not (run / "checkpoints").is_dir():
+    folder = place(run) / "checkpoints"
+    if not folder.is_dir():
         raise BadInput(f"{run} has no checkpoints: expected the folder of a run")
-    return Checkpoints(run / "checkpoints", keep, best)
+    return Checkpoints(folder, keep, best)
 
 
-def ls(run: Path) -> str:
+def ls(run: Name) -> str:
     """List the saved steps: when, how large, worth what; and what was set aside."""
     with contextlib.closing(opened(run)) as checkpoints:
         lines = [f"{'step':>9}  {'saved':16}  {'bytes':>14}  {'leaves':>6}  score"]
         for step in checkpoints.steps():
             folder, told = checkpoints.folder / str(step), checkpoints.told(step)
             size = sum(manifest.sizes(folder).values())
-            saved = time.strftime("%Y-%m-%d %H:%M", time.localtime(folder.stat().st_mtime))
+            written = storage.changed(folder / manifest.NAME)
+            saved = time.strftime("%Y-%m-%d %H:%M", time.localtime(written)) if told else ""
             worth = told.get("score")
             shown = "no manifest" if not told else "" if worth is None else f"{worth:.5g}"
             count = len(told.get("leaves", ()))
             lines.append(f"{step:>9}  {saved:16}  {size:>14,}  {count:>6}  {shown}".rstrip())
-        for path in sorted((run / "frozen").glob("*.safetensors")):
-            kept = path.stat()
-            lines.append(f"frozen {path.name}  {kept.st_size:,} bytes, in {kept.st_nlink} runs")
+        for path in sorted((place(run) / "frozen").glob("*.safetensors")):
+            shared = "" if storage.in_store(path) else f", in {os.stat(path).st_nlink} runs"
+            lines.append(f"frozen {path.name}  {path.stat().length:,} bytes{shared}")
         aside = sorted((checkpoints.folder / DAMAGED).glob("*.txt"))
         return "\n".join([*lines, *(f"set aside: {path.read_text().strip()}" for path in aside)])
 
 
-def verify(run: Path) -> str:
+def verify(run: Name) -> str:
     """Read every number of every step; raises RunFailed if one is not what was saved."""
     with contextlib.closing(opened(run)) as checkpoints:
         steps = checkpoints.steps()
@@ -64,7 +67,7 @@ def leaves_of(name: str) -> dict[str, list[object]]:
     The frozen tree is one of them, by the hash of its content.
     """
     run, _, step = name.rpartition("@") if "@" in name else (name, "", "")
-    with contextlib.closing(opened(Path(run))) as checkpoints:
+    with contextlib.closing(opened(run)) as checkpoints:
         steps = checkpoints.steps()
         if not steps or (step and step not in map(str, steps)):
             raise BadInput(f"{name}: there is no such step; saved are {steps}")
@@ -76,13 +79,13 @@ def leaves_of(name: str) -> dict[str, list[object]]:
         raise BadInput(f"{name}: {error}") from None
 
 
-def prune(run: Path, keep: int, best: int) -> str:
+def prune(run: Name, keep: int, best: int) -> str:
     """Remove all steps but the newest and the best ones.
 
     Raises: RunFailed if the newest one is damaged: nothing is removed then.
     """
     opened(run).close()
-    with locked(run), contextlib.closing(opened(run, keep, best)) as checkpoints:
+    with locked(place(run)), contextlib.closing(opened(run, keep, best)) as checkpoints:
         newest = checkpoints.latest()
         if newest is not None and (wrong := checkpoints.check(newest)):
             raise RunFailed(f"nothing is removed: the newest step, {newest}, is damaged: {wrong}")

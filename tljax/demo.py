@@ -15,11 +15,11 @@ import jax
 import numpy as np
 
 from tljax.build import Experiment, build, open_parts
-from tljax.checkpoint import write_json
 from tljax.config import Config, parse
 from tljax.metrics import mean_interval, wilson
 from tljax.optim import with_lr
 from tljax.plan import compile_step, human
+from tljax.storage import write_json
 from tljax.train import advance, score
 from tljax.tree import join
 from tljax.types import BadInput, Tree

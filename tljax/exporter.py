@@ -13,7 +13,6 @@ import numpy as np
 import safetensors.numpy
 
 from tljax.card import make_card
-from tljax.checkpoint import write_json, write_text
 from tljax.edits.fold import is_grafted
 from tljax.edits.fold import merge as fold
 from tljax.edits.load import match
@@ -22,6 +21,17 @@ from tljax.models import MODELS
 from tljax.pretrained import IMAGES, Pretrained, load, target_of
 from tljax.proof import FIXTURE, NOTE, differing, fixture_inputs, outputs
 from tljax.source import ADAPTER, open_source
+from tljax.storage import (
+    Name,
+    Place,
+    absolute,
+    in_store,
+    names,
+    on_disk,
+    place,
+    write_json,
+    write_text,
+)
 from tljax.tree import flatten, map_with_path, unflatten
 from tljax.types import BadInput, Tree
 from tljax.weights import NAMES as ASSETS
@@ -50,14 +60,14 @@ class Written:
 
 def export(
     pre: Pretrained,
-    folder: str | Path,
+    folder: Name,
     to: str = "hf",
     *,
     merge: bool = False,
     dtype: str | None = None,
     naming: str | None = None,
     base: str | None = None,
-) -> Path:
+) -> Place:
     """Write a model to a new folder, open it again, and compare what the two compute.
 
     to: "hf" (transformers), "timm", "npz" (big_vision) or "peft" (the LoRA alone).  merge: fold
@@ -68,7 +78,7 @@ def export(
     Raises: BadInput if the folder is not empty or the format has no place for the model.
     """
     writer = choose(WRITERS, to, "to")
-    require_new(folder := Path(folder).expanduser().absolute())
+    require_new(where := absolute(place(folder)))
     require_complete(pre)
     if (arch := pre.source.arch) not in ARCHS[to]:
         raise BadInput(f"{to} has no {arch}; it has {', '.join(ARCHS[to])}")
@@ -76,35 +86,38 @@ def export(
         raise BadInput(f"naming and base are an adapter's: they mean nothing for to={to!r}")
     tree, notes = prepare(pre, to, merge, kind := file_dtype(pre, dtype))
     written = writer(pre, tree, {"dtype": kind, "naming": naming or "5", "base": base})
-    with whole(folder) as place:
-        write_weights(place / written.weights, written.tensors, kind)
+    with whole(where) as local:
+        write_weights(local / written.weights, written.tensors, kind)
         for name, document in written.documents.items():
-            write_json(place / name, document)
+            write_json(local / name, document)
         if pre.tokenizer:
-            pre.tokenizer.save(place / "tokenizer.json")
+            pre.tokenizer.save(local / "tokenizer.json")
         # Of an adapter and its base together, so that both are proved.
-        digest = open_source(str(place / written.weights), tower_of(pre)).digest()
-        beside = sorted(file.name for file in place.iterdir() if file.name != written.weights)
-        documents = {name: digest_of(place / name)() for name in beside}
+        digest = open_source(str(local / written.weights), tower_of(pre)).digest()
+        beside = sorted(file.name for file in local.iterdir() if file.name != written.weights)
+        documents = {name: digest_of(local / name)() for name in beside}
         note = {"digest": digest, "documents": documents, "exported": to}
         pool = {"pool": pre.model.pool} if hasattr(pre.model, "pool") else {}
-        write_json(place / NOTE, note | pool)
+        write_json(local / NOTE, note | pool)
         parameters = sum(tensor.size for tensor in written.tensors.values())
         facts = pre.record | {"notes": [*notes, *written.notes]}
-        text = make_card(folder.name, to, parameters, facts, **written.use)
-        write_text(place / "README.md", text)
-        prove(replace(pre, variables=tree), place, written, kind)
+        text = make_card(where.name, to, parameters, facts, **written.use)
+        write_text(local / "README.md", text)
+        prove(replace(pre, variables=tree), local, written, kind)
     for note in facts["notes"]:
         print(note)
-    return folder
+    return where
 
 
-def require_new(folder: Path) -> None:
+def require_new(folder: Place) -> None:
     """Raise BadInput for a folder that something would be lost in, or that cannot be made."""
     if "\0" in str(folder):
         raise BadInput(f"{str(folder)!r} is no name of a folder")
-    if folder.is_symlink() or (folder.exists() and (not folder.is_dir() or any(folder.iterdir()))):
+    link = not in_store(folder) and os.path.islink(folder)
+    if link or (folder.exists() and (not folder.is_dir() or names(folder))):
         raise BadInput(f"{folder} is there already: name a new folder")
+    if in_store(folder):
+        return
     above = next(parent for parent in folder.parents if parent.exists())
     if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
         raise BadInput(f"{folder} cannot be made: {above} is no folder that you may write to")
@@ -199,19 +212,26 @@ def fold_errors(before: Tree, exact: Tree, rounded: Tree, name: str) -> list[str
 
 
 @contextmanager
-def whole(folder: Path) -> Iterator[Path]:
-    """Give a temporary folder beside; it takes the folder's place when all went well."""
-    place = folder.with_name(f".{folder.name}.{os.getpid()}")
-    place.mkdir(parents=True)  # an error if it is there: it would be somebody else's
+def whole(folder: Place) -> Iterator[Path]:
+    """Give a temporary folder; it takes the folder's place when all went well.
+
+    It is beside the folder; for one in an object store it is on this disk, and uploaded.
+    """
+    if in_store(folder):
+        with on_disk(folder) as local:
+            yield local
+        return
+    local = Path(folder.with_name(f".{folder.name}.{os.getpid()}"))
+    local.mkdir(parents=True)  # an error if it is there: it would be somebody else's
     try:
-        yield place
+        yield local
         if folder.exists():
             folder.rmdir()  # it is empty
-        place.rename(folder)
+        local.rename(folder)
     except BadInput as error:
-        raise BadInput(str(error).replace(str(place), str(folder))) from None
+        raise BadInput(str(error).replace(str(local), str(folder))) from None
     finally:
-        shutil.rmtree(place, ignore_errors=True)
+        shutil.rmtree(local, ignore_errors=True)
 
 
 def write_weights(path: Path, tensors: Mapping[str, np.ndarray], kind: Any) -> None:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any, Literal, get_args
 
 import jax
@@ -12,13 +11,14 @@ import safetensors.numpy
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-from tljax.checkpoint import digest_of, write_bytes
+from tljax.checkpoint import digest_of
 from tljax.config import parse
 from tljax.data.pipeline import open_pipeline
 from tljax.data.sources import subset
 from tljax.models import MODELS
 from tljax.objectives import cross_entropy, infer
 from tljax.source import merged, open_run
+from tljax.storage import Name, Place, fetched, place, write_bytes
 from tljax.tree import flatten, nearest
 from tljax.types import BadInput, Batch, Key, Tree
 from tljax.weights import Source
@@ -29,7 +29,7 @@ TASKS = ("classify", "tag", "mlm")
 MEMORY = 1 << 28  # bytes of gradients, of so many examples at once
 
 
-def fisher_run(workdir: Path, examples: int | None = None, labels: str = "sampled") -> str:
+def fisher_run(workdir: Name, examples: int | None = None, labels: str = "sampled") -> str:
     """Estimate a finished run's information on its training data; returns what was written.
 
     examples: so many of them, at random; None means all.  labels: see `squares`.  What is grafted
@@ -58,9 +58,10 @@ def fisher_run(workdir: Path, examples: int | None = None, labels: str = "sample
     batches = pipeline.loader.evaluate(chosen, pipeline.eval_transform)
     with jax.default_matmul_precision(config.precision.matmul):
         found = estimate(model, source.tree, batches, labels, jax.random.key(config.seed))
-    write_fisher(workdir / FISHER, found, source, len(chosen), labels)
+    path = place(workdir) / FISHER
+    write_fisher(path, found, source, len(chosen), labels)
     trace = sum(float(leaf.sum()) for leaf in found.values())
-    return f"{workdir / FISHER}: {len(chosen)} examples, {labels} labels, trace {trace:.4g}"
+    return f"{path}: {len(chosen)} examples, {labels} labels, trace {trace:.4g}"
 
 
 def estimate(
@@ -128,7 +129,7 @@ def squares(model: nn.Module, tree: Tree, labels: str, example: Batch, key: Key)
 
 
 def write_fisher(
-    path: Path, found: Mapping[str, np.ndarray], source: Source, examples: int, labels: str
+    path: Place, found: Mapping[str, np.ndarray], source: Source, examples: int, labels: str
 ) -> None:
     """Write it with the digest of the weights that it belongs to, whole or not at all."""
     facts = {"weights": source.digest(), "content": digest_of(found)}
@@ -141,17 +142,18 @@ def read_fisher(source: Source, given: str | None = None) -> dict[str, np.ndarra
 
     Raises: BadInput for a file that is missing, damaged, or of other weights.
     """
-    path = Path(given or source.origin)
+    path = place(given or source.origin)
     path = path / FISHER if path.is_dir() or not given else path
     again = f"make it by: tljax fisher {source.origin}"
     if source.format != "run":
         raise BadInput(f"the Fisher information is a finished run's; {source.origin} is no run")
     if not path.is_file():
         raise BadInput(f"there is no Fisher information in {path}; {again}")
+    local = fetched(path.parent, path.name) / path.name
     try:
-        with safetensors.safe_open(path, "numpy") as file:
+        with safetensors.safe_open(local, "numpy") as file:
             facts = file.metadata() or {}
-        found = safetensors.numpy.load_file(path)
+        found = safetensors.numpy.load_file(local)
     except (safetensors.SafetensorError, OSError) as error:
         raise BadInput(f"{path} is damaged: {error}; {again}") from None
     if facts.get("content") != digest_of(found):

@@ -13,14 +13,15 @@ from scipy import special
 
 from tljax import objectives, sharding
 from tljax.build import precision
-from tljax.checkpoint import read_tree, write_text
+from tljax.checkpoint import read_tree
 from tljax.config import Config, parse
 from tljax.data.pipeline import Pipeline, open_inputs, open_pipeline, unlabelled
 from tljax.data.sources import PICTURES
 from tljax.data.tables import TABLES, read_table
 from tljax.evaluate import evaluate
 from tljax.models import MODELS
-from tljax.source import RECORD, plain, read_record, require_same_body
+from tljax.source import is_run, plain, read_record, require_same_body
+from tljax.storage import Name, Place, absolute, place, write_text
 from tljax.tree import join
 from tljax.types import BadInput, Batch, Tree
 
@@ -40,7 +41,7 @@ class Finished:
     mesh: Any
 
 
-def open_finished(workdir: Path) -> Finished:
+def open_finished(workdir: Name) -> Finished:
     """Read a run's folder."""
     record = read_record(workdir)
     facts, config = record["model"], parse(record["config"])
@@ -67,7 +68,7 @@ def make_predict(facts: dict[str, Any], config: Config, mesh: Any) -> Any:
     return jax.jit(predict, out_shardings=sharding.on(mesh, sharding.REPLICATED))
 
 
-def with_head_of(run: Finished, older: Path) -> Finished:
+def with_head_of(run: Finished, older: Place) -> Finished:
     """Let a run predict for the task of the run that it started from, by that one's head.
 
     The head is as it was, or as `lwf` kept it; if the labels are the same, it is the run's own.
@@ -77,7 +78,7 @@ def with_head_of(run: Finished, older: Path) -> Finished:
     if facts["labels"] == run.facts["labels"]:
         return run
     weights = run.config.weights
-    if weights is None or Path(weights).resolve() != older.resolve():
+    if weights is None or absolute(place(weights)) != absolute(older):
         raise BadInput(
             f"{older} has other labels, and the run started from {weights}: a run can only be read "
             "by the head of the one that it started from"
@@ -114,7 +115,7 @@ def require_same_kind(pipeline: Pipeline, facts: dict[str, Any], workdir: str, n
         )
 
 
-def evaluate_run(workdir: Path, split: str, data: str | None = None) -> dict[str, float]:
+def evaluate_run(workdir: Name, split: str, data: str | None = None) -> dict[str, float]:
     """Evaluate a finished run on its own data, or on other data with the same labels.
 
     data: a name or path as in a config, or the folder of a run, whose data are then read; if this
@@ -127,8 +128,8 @@ def evaluate_run(workdir: Path, split: str, data: str | None = None) -> dict[str
 def evaluate_on(run: Finished, name: str, split: str, data: str | None) -> dict[str, float]:
     """Evaluate as `evaluate_run` does; `name` is what messages call the run."""
     chosen = None
-    if data and (Path(data) / RECORD).is_file():
-        run, own = with_head_of(run, Path(data)), run.config.data
+    if data and is_run(data):
+        run, own = with_head_of(run, place(data)), run.config.data
         chosen = parse(read_record(data)["config"]).data
         chosen = chosen.model_copy(update={"image_size": own.image_size, "length": own.length})
     if chosen is None:
@@ -195,7 +196,7 @@ def predictions(run: Finished, rows: Sequence[dict[str, Any]]) -> Iterator[dict[
                 yield label | {"probabilities": dict(zip(names, odds.tolist(), strict=True))}
 
 
-def predict_run(workdir: Path, paths: Sequence[Path], out: Path) -> int:
+def predict_run(workdir: Name, paths: Sequence[Path], out: Name) -> int:
     """Write one JSON line per input to `out`; returns how many.
 
     Raises: BadInput if the run was pretrained without labels.

@@ -6,7 +6,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import make_dataclass
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -19,6 +18,8 @@ from scipy import special, stats
 from sklearn.metrics import f1_score
 from tqdm import tqdm
 
+from tljax import storage
+from tljax.storage import Place
 from tljax.tree import flatten
 from tljax.types import Tree
 
@@ -42,6 +43,7 @@ def averages(running: dict[str, Average]) -> dict[str, float]:
     return {name: float(one.compute()) if one.count else math.nan for name, one in found}
 
 
+METRICS, EVENTS = "metrics.jsonl", "events"
 LESS = ("nll", "mse", "perplexity")
 """Metrics of which less is better."""
 
@@ -206,28 +208,27 @@ class Logger:
 
     `resumed` is the restored step: what was logged after it is dropped, so that every step is
     there once; with `again` so are the evaluations at it.  None starts empty.  Only the first
-    process writes.
+    process writes.  For an object store they are kept on this disk, until `flush`.
     """
 
-    def __init__(
-        self, workdir: str | Path, total: int, resumed: int | None = None, again: bool = False
-    ):
+    def __init__(self, workdir: Place, total: int, resumed: int | None = None, again: bool = False):
         # Not at the top: it imports torch where torch is installed, which takes seconds.
         from tensorboardX import SummaryWriter
 
         self._active = jax.process_index() == 0
         self._total, self._start = total, (resumed or 0, time.monotonic())
         if self._active:
-            Path(workdir).mkdir(parents=True, exist_ok=True)
+            storage.make_folder(workdir)
+            self._folder, self._local = workdir, storage.fetched(workdir, METRICS)
             last = -1 if resumed is None else resumed
             self._repeated = {total, last} if again else {total}
-            self._file = open(Path(workdir) / "metrics.jsonl", "a+")  # noqa: SIM115
+            self._file = open(self._local / METRICS, "a+")  # noqa: SIM115
             self._file.seek(0)
             # Steps only grow, so what is kept is a prefix; a line that a kill cut off goes too.
             whole = [line for line in self._file if line.endswith("\n")]
             kept = [x for x in whole if json.loads(x)["step"] <= last and not self._ends(x)]
             self._file.truncate(sum(map(len, kept)))
-            self._events = SummaryWriter(str(Path(workdir) / "events"), purge_step=last + 1)
+            self._events = SummaryWriter(str(self._local / EVENTS), purge_step=last + 1)
             plain, first = not sys.stdout.isatty(), self._start[0]
             self._bar = tqdm(total=total, initial=first, file=sys.stdout, disable=plain)
 
@@ -260,12 +261,19 @@ class Logger:
             eta = tqdm.format_interval(left)
             print(f"step {step}/{self._bar.total}  {text}  eta {eta}", flush=True)
 
+    def flush(self) -> None:
+        """Bring all that was written to where the run is kept."""
+        if self._active and storage.in_store(self._folder):
+            self._events.flush()
+            storage.upload(self._local, self._folder, METRICS, EVENTS)
+
     def close(self) -> None:
         """Flush and close; safe to call twice."""
         if self._active:
+            self._events.close()
+            self.flush()
             self._active = False
             self._file.close()
-            self._events.close()
             self._bar.close()
 
 

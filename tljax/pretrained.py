@@ -1,5 +1,6 @@
 """`tljax.load`: a pretrained model in one call, with an account of every leaf."""
 
+import os
 import threading
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -97,7 +98,7 @@ def load(
     if not isinstance(mesh, sharding.Mesh | None):
         raise BadInput(f"mesh={mesh!r}: expected a mesh of tljax.sharding.make_mesh")
     try:
-        found = open_source(str(Path(source).expanduser()), tower, fields)
+        found = open_source(os.path.expanduser(source), tower, fields)
         if tower is not None and not found.kind.startswith("clip_"):
             raise BadInput(
                 f"{found.origin} is no CLIP of two towers: tower={tower!r} means nothing"

@@ -1,7 +1,6 @@
 """Averages of weights: soups of runs, and WiSE-FT between a start and what became of it."""
 
 import json
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -12,13 +11,14 @@ import numpy as np
 
 from tljax import sharding
 from tljax.build import precision
-from tljax.checkpoint import Checkpoints, digest_of, write_json
+from tljax.checkpoint import Checkpoints, digest_of
 from tljax.data.pipeline import open_pipeline
 from tljax.evaluate import evaluate
 from tljax.exporter import require_new, whole
 from tljax.inference import Finished, open_finished
 from tljax.metrics import worth
 from tljax.source import RECORD, RESULT, merged, open_source
+from tljax.storage import Name, Place, absolute, place, run_folder, write_json
 from tljax.tree import flatten, nearest, unflatten
 from tljax.types import BadInput, Tree
 from tljax.weights import Source
@@ -63,8 +63,8 @@ def greedy_soup(trees: Sequence[Tree], better: Callable[[Tree], float]) -> list[
 
 
 def soup(
-    out: Path,
-    runs: Sequence[Path],
+    out: Name,
+    runs: Sequence[Name],
     weights: Sequence[float] | None = None,
     greedy: bool = False,
     alphas: Sequence[float] | None = None,
@@ -78,7 +78,7 @@ def soup(
     Wortsman et al. 2021, arXiv 2109.01903, eq. 2).  BatchNorm's statistics are averaged, too.
     Raises: BadInput for runs of other labels or another structure.
     """
-    require_new(out)
+    require_new(out := absolute(run_folder(out)))
     check_choice(runs, weights, greedy, alphas)
     sources = [merged(open_source(str(run))) for run in runs]
     first = first_run(sources)
@@ -103,15 +103,15 @@ def soup(
     tree, result = weighted(trees, ways[best]), results[best]
     facts = {"runs": [str(run) for run in runs], "weights": ways[best]}
     facts |= {"metric": name, "curve": curve}
-    with whole(out) as place:
-        write_run(place, first, tree, result, facts, command)
+    with whole(out) as local:
+        write_run(local, first, tree, result, facts, command)
         if curve:
-            plot(curve, name, place / PICTURE)
+            plot(curve, name, local / PICTURE)
     return facts | result
 
 
 def check_choice(
-    runs: Sequence[Path], weights: Sequence[float] | None, greedy: bool, alphas: Any
+    runs: Sequence[Name], weights: Sequence[float] | None, greedy: bool, alphas: Any
 ) -> None:
     """Raise BadInput unless one way of averaging is chosen, and fits the number of runs."""
     if sum(map(bool, (weights, greedy, alphas))) > 1:
@@ -124,7 +124,7 @@ def check_choice(
         raise BadInput(f"alphas {list(alphas)}: expected numbers, usually from 0 to 1")
 
 
-def first_run(sources: Sequence[Source]) -> Path:
+def first_run(sources: Sequence[Source]) -> Place:
     """Return the folder of the first run; raises BadInput if there is none, or labels differ."""
     found = [source for source in sources if source.format == "run"]
     if not found:
@@ -135,7 +135,7 @@ def first_run(sources: Sequence[Source]) -> Path:
                 f"{other.origin} is a {other.arch} with the labels {other.labels}, "
                 f"{found[0].origin} a {found[0].arch} with {found[0].labels}: expected the same"
             )
-    return Path(found[0].origin)
+    return place(found[0].origin)
 
 
 def make_score(run: Finished) -> Score:
@@ -153,19 +153,19 @@ def make_score(run: Finished) -> Score:
 
 
 def write_run(
-    place: Path, first: Path, tree: Tree, result: Mapping[str, Any], facts: Any, command: str
+    folder: Path, first: Place, tree: Tree, result: Mapping[str, Any], facts: Any, command: str
 ) -> None:
     """Write the folder of a finished run: the record of the first one, with other weights."""
     record = json.loads((first / RECORD).read_text())
     if tokenizer := record["model"]["tokenizer"]:
-        shutil.copyfile(first / tokenizer, place / tokenizer)
-    with closing(Checkpoints(place / "checkpoints", keep=1)) as checkpoints:
+        (folder / tokenizer).write_bytes((first / tokenizer).read_bytes())
+    with closing(Checkpoints(folder / "checkpoints", keep=1)) as checkpoints:
         checkpoints.save_frozen({})
         checkpoints.save(record["config"]["run"]["steps"], {"params": tree, "track": {}})
     # Its own digest: to train the first run's config in this folder is refused, as another run.
-    write_json(place / RECORD, record | {"digest": digest_of(tree), "command": command})
-    write_json(place / SOUP, facts)
-    write_json(place / RESULT, result)
+    write_json(folder / RECORD, record | {"digest": digest_of(tree), "command": command})
+    write_json(folder / SOUP, facts)
+    write_json(folder / RESULT, result)
 
 
 def plot(curve: Sequence[Mapping[str, float]], name: str, path: Path) -> None:

@@ -12,10 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from tljax import storage
 from tljax.checkpoint import digest_of, read_tree
 from tljax.edits.fold import is_grafted, merge
 from tljax.layers import choose
 from tljax.models import MODELS
+from tljax.storage import Name, place
 from tljax.tree import join, map_with_path
 from tljax.types import BadInput, Tree
 from tljax.weights import Source, open_weights
@@ -28,12 +30,12 @@ ABOVE = {"num_classes", "mlm", "dropout", "drop_path", "dtype", "remat"}
 """Fields that change nothing of what a head reads."""
 
 
-def read_record(workdir: str | Path) -> dict[str, Any]:
+def read_record(workdir: Name) -> dict[str, Any]:
     """Read what a run wrote about itself, with tuples and paths as they were.
 
     Raises: BadInput if the folder is no run or its record is damaged.
     """
-    path = Path(workdir) / RECORD
+    path = place(workdir) / RECORD
     if not path.is_file():
         raise BadInput(f"{workdir} is not a run folder: it has no {RECORD}")
     try:
@@ -54,8 +56,17 @@ def read_record(workdir: str | Path) -> dict[str, Any]:
         raise BadInput(f"{path} is not the record of a run: {error!r}") from None
     for section in sections:
         section.update({k: tuple(v) for k, v in section.items() if isinstance(v, list)})
-    facts["tokenizer"] = path.with_name(found["tokenizer"]) if found["tokenizer"] else None
+    if found["tokenizer"]:  # and beside it what names its tokens
+        local = storage.fetched(path.parent, found["tokenizer"], "tokenizer_config.json")
+        facts["tokenizer"] = local / found["tokenizer"]
     return dict(record)
+
+
+def is_run(name: str) -> bool:
+    """Tell a run's folder from other names of weights or data."""
+    return (Path(name) / RECORD).is_file() or (
+        name.startswith(storage.STORE) and (place(name) / RECORD).exists()
+    )
 
 
 def require_same_body(
@@ -84,10 +95,10 @@ def plain(tree: Tree) -> Tree:
     return {"params": params} | ({"batch_stats": statistics} if statistics else {})
 
 
-def open_run(workdir: str | Path) -> Source:
+def open_run(workdir: Name) -> Source:
     """Open a finished run as a source of weights, with its preprocessing and labels."""
     record = read_record(workdir)
-    facts, result = record["model"], Path(workdir) / RESULT
+    facts, result = record["model"], Path(storage.fetched(place(workdir), RESULT)) / RESULT
     if not result.is_file():
         raise BadInput(f"the run in {workdir} is not finished: go on with it first")
     if not isinstance((scores := read_json(result)).get("test"), dict):
@@ -118,7 +129,7 @@ def open_source(
     What is grafted onto the weights, such as LoRA, stays beside them.  given: fields of the model
     that a caller decides, and nothing need be assumed about.
     """
-    if (Path(name) / RECORD).is_file():
+    if is_run(name):
         return open_run(name)
     if (Path(name) / "adapter_config.json").is_file() or Path(name).name == ADAPTER:
         return open_adapter(Path(name).parent if Path(name).is_file() else Path(name), tower)

@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from tljax import metrics
 from tljax.build import Experiment, build, open_parts
-from tljax.checkpoint import Checkpoints, write_json, write_text
+from tljax.checkpoint import Checkpoints
 from tljax.config import Config
 from tljax.evaluate import collect
 from tljax.metrics import Logger
@@ -24,6 +24,7 @@ from tljax.optim import with_decay, with_lr
 from tljax.sharding import stacked
 from tljax.source import RESULT
 from tljax.state import State
+from tljax.storage import Name, Place, names, on_disk, run_folder, write_json, write_text
 from tljax.train import TABLES, advance, claim, finish, from_features, tables
 from tljax.tree import join
 from tljax.types import BadInput, Tree
@@ -59,7 +60,7 @@ def sweep(
     rates: Sequence[float],
     decays: Sequence[float],
     reads: Sequence[str],
-    workdir: Path,
+    workdir: Name,
     command: str = "",
 ) -> dict[str, Any]:
     """Train a head for every (read, rate, decay); the best on validation becomes a finished run.
@@ -70,7 +71,8 @@ def sweep(
     Raises: BadInput for numbers out of range, an unknown block, or a strategy that trains or draws
     below every cut.
     """
-    refuse(config, rates, decays, workdir)
+    folder = run_folder(workdir)
+    refuse(config, rates, decays, folder)
     began = time.perf_counter()
     own = config.model_copy(update={"run": config.run.model_copy(update={"features": "on"})})
     models = [config.model | {"read": read} for read in reads] or [config.model]
@@ -84,9 +86,9 @@ def sweep(
         for ended in train_heads(experiment, *begun, list(itertools.product(rates, decays))):
             trials.append(ended.trial)
             best = ended if best is None or ended.trial.value > best.trial.value else best
-    result = keep(best, workdir, command)
-    write_json(workdir / RESULT, result | {"seconds": time.perf_counter() - began})
-    return report(trials, best.trial, workdir) | result
+    result = keep(best, folder, command)
+    write_json(folder / RESULT, result | {"seconds": time.perf_counter() - began})
+    return report(trials, best.trial, folder) | result
 
 
 def read_lists(lr: str, decay: str, read: str | None) -> tuple[list[float], list[float], list[str]]:
@@ -101,13 +103,13 @@ def read_lists(lr: str, decay: str, read: str | None) -> tuple[list[float], list
     return rates, decays, read.split(",") if read else []
 
 
-def refuse(config: Config, rates: Sequence[float], decays: Sequence[float], workdir: Path) -> None:
+def refuse(config: Config, rates: Sequence[float], decays: Sequence[float], workdir: Place) -> None:
     """Raise BadInput for empty lists, numbers out of range, or a folder that is taken."""
-    for name, numbers, least in (("lr", rates, "above 0"), ("decay", decays, "0 or more")):
-        fits = [np.isfinite(x) and (x > 0 if name == "lr" else x >= 0) for x in numbers]
-        if not numbers or not all(fits):
-            raise BadInput(f"--{name} is a list of numbers {least}, given {list(numbers)}")
-    if workdir.exists() and (not workdir.is_dir() or any(workdir.iterdir())):
+    for name, given, least in (("lr", rates, "above 0"), ("decay", decays, "0 or more")):
+        fits = [np.isfinite(x) and (x > 0 if name == "lr" else x >= 0) for x in given]
+        if not given or not all(fits):
+            raise BadInput(f"--{name} is a list of numbers {least}, given {list(given)}")
+    if workdir.exists() and (not workdir.is_dir() or names(workdir)):
         raise BadInput(f"{workdir} is not empty: a sweep wants a new --workdir")
     if config.run.features == "off":
         raise BadInput("run.features='off': a sweep computes features once, leave it out")
@@ -146,7 +148,7 @@ def validate(experiment: Experiment, state: State, frozen: Tree) -> dict[str, fl
     return metrics.score(data.task, rows, data.labels or ())
 
 
-def keep(best: Ended, workdir: Path, command: str) -> dict[str, Any]:
+def keep(best: Ended, workdir: Place, command: str) -> dict[str, Any]:
     """Write the winner as `train` would have, and score it."""
     trial, experiment, state, frozen = best
     numbers = {"lr": trial.lr, "decay": trial.decay}
@@ -164,7 +166,7 @@ def keep(best: Ended, workdir: Path, command: str) -> dict[str, Any]:
         return finish(experiment, join(state.params, state.track, frozen), logger)
 
 
-def report(trials: Sequence[Trial], best: Trial, workdir: Path) -> dict[str, Any]:
+def report(trials: Sequence[Trial], best: Trial, workdir: Place) -> dict[str, Any]:
     """Print every trial, write them as JSON and draw them; returns what was chosen, and by what."""
     name = next(iter(best.scores))
     rows = [trial._asdict() for trial in trials]
@@ -175,7 +177,8 @@ def report(trials: Sequence[Trial], best: Trial, workdir: Path) -> dict[str, Any
         scores = " ".join(f"{value:10.4f}" for value in trial.scores.values())
         mark = " <- best on validation" if trial is best else ""
         print(f"{trial.read or '':12} {trial.lr:8.2g} {trial.decay:8.2g}  {scores}{mark}")
-    plot(trials, f"validation {name}", workdir / "sweep.png")
+    with on_disk(workdir) as local:
+        plot(trials, f"validation {name}", local / "sweep.png")
     return chosen
 
 

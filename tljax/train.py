@@ -16,7 +16,6 @@ from contextlib import (
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -25,7 +24,7 @@ from jax.experimental import multihost_utils
 
 from tljax import features
 from tljax.build import Experiment
-from tljax.checkpoint import Checkpoints, digest_of, write_json, write_text
+from tljax.checkpoint import Checkpoints, digest_of
 from tljax.config import parse
 from tljax.data.loader import prefetch_to_device
 from tljax.data.sources import identity
@@ -34,18 +33,19 @@ from tljax.intervals import Intervals, NotFinite, Spiked
 from tljax.layers import last_block
 from tljax.lock import locked
 from tljax.meeting import agreeing, meet
-from tljax.metrics import Logger, parameter_table, role_counts, worth
+from tljax.metrics import METRICS, Logger, parameter_table, role_counts, worth
 from tljax.objectives import passing
 from tljax.plan import compile_step, cost_of, describe, require_room
 from tljax.preemption import Preempted, Signals, patience
 from tljax.sharding import under
 from tljax.source import RECORD, RESULT, read_record
 from tljax.state import State
+from tljax.storage import Name, Place, make_folder, refusals, run_folder, write_json, write_text
 from tljax.tree import flatten, join, unflatten
 from tljax.types import BadInput, Batch, RunFailed, Tree
 
 PACKAGES = ("tljax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
-METRICS, TABLES, SKIPPED = "metrics.jsonl", "tables.txt", "skipped.json"
+TABLES, SKIPPED = "tables.txt", "skipped.json"
 REWINDS = 5  # returns of a run, before a sudden rise of its loss, at most
 FREE = ("run/threads", "run/max_skipped", "run/keep", "run/keep_best", "run/log_every")
 """A run may go on with others: no bit changes; with `run.spike` those after the second decide."""
@@ -190,7 +190,10 @@ def score(experiment: Experiment, tree: Tree, split: str) -> dict[str, float]:
 
 
 def train(
-    experiment: Experiment, workdir: Path, command: str = "", signals: Signals | None = None
+    experiment: Experiment,
+    workdir: Name,
+    command: str = "",
+    signals: Signals | None = None,
 ) -> dict[str, Any]:
     """Run an experiment in a folder, from its last whole checkpoint if there is one.
 
@@ -198,7 +201,7 @@ def train(
     Raises: BadInput if the folder holds a run of another config, or is in use; RunFailed if the run
     cannot go on; Preempted, after a save, if a signal came.
     """
-    run, signals = experiment.config.run, signals or Signals()
+    run, signals, folder = experiment.config.run, signals or Signals(), run_folder(workdir)
     began = time.perf_counter()
     with ExitStack() as stack:
         if jax.process_count() > 1:
@@ -206,15 +209,15 @@ def train(
         with agreeing(BadInput, RunFailed), blamed():
             require_room(experiment)
             if jax.process_index() == 0:
-                if not (workdir / RESULT).exists():
-                    stack.enter_context(locked(workdir))
-                claim(experiment, workdir, command)
-        if (workdir / RESULT).exists():
-            print(f"{workdir} is finished")
-            return dict(json.loads((workdir / RESULT).read_text()))
-        write_text(workdir / TABLES, tables(experiment) + "\n")
-        print(f"{summary(experiment)}\nevery leaf: {workdir / TABLES}")
-        checkpoints = Checkpoints(workdir / "checkpoints", run.keep, run.keep_best)
+                if not (folder / RESULT).exists():
+                    stack.enter_context(locked(folder))
+                claim(experiment, folder, command)
+        if (folder / RESULT).exists():
+            print(f"{folder} is finished")
+            return dict(json.loads((folder / RESULT).read_text()))
+        write_text(folder / TABLES, tables(experiment) + "\n")
+        print(f"{summary(experiment)}\nevery leaf: {folder / TABLES}")
+        checkpoints = Checkpoints(folder / "checkpoints", run.keep, run.keep_best)
         stack.enter_context(closing(checkpoints))
         born, frozen = begin(experiment, checkpoints)
         signals.poll()
@@ -229,23 +232,23 @@ def train(
         for _ in range(REWINDS):
             try:
                 begun = (born, frozen)
-                result = go_on(experiment, compiled, begun, checkpoints, workdir, signals)
+                result = go_on(experiment, compiled, begun, checkpoints, folder, signals)
                 break
             except Spiked as spike:
                 born = rewind(experiment, checkpoints, spike)
         else:
             raise RunFailed(f"the loss rose suddenly {REWINDS} times: lower optim.lr")
         checkpoints.wait()  # all is on the disk before the result says that the run is finished
-        write_json(workdir / RESULT, result | {"seconds": time.perf_counter() - began})
+        write_json(folder / RESULT, result | {"seconds": time.perf_counter() - began})
     return result
 
 
 @contextmanager
 def blamed() -> Iterator[None]:
-    """Make a disk's refusal an error that processes can agree on."""
+    """Make the refusal of a disk or store an error that processes can agree on."""
     try:
         yield
-    except OSError as error:
+    except refusals() as error:
         raise RunFailed(str(error)) from error
 
 
@@ -254,7 +257,7 @@ def go_on(
     compiled: Callable[..., Any],
     begun: tuple[State, Tree],
     checkpoints: Checkpoints,
-    workdir: Path,
+    workdir: Place,
     signals: Signals,
 ) -> dict[str, Any]:
     """Make the steps that are left, with their logs and saves; returns the end's metrics."""
@@ -268,6 +271,11 @@ def go_on(
         logger.write(step, prefixed("validation", scores))
         name = next(iter(scores))
         return worth(name, scores[name])
+
+    def save(state: State, value: float | None = None, **more: bool) -> None:
+        with agreeing(RunFailed), blamed():
+            logger.flush()
+        checkpoints.save(step, state, value, intervals.notes() | more)
 
     again = not notes.get("evaluated", True)  # a signal came in the middle of it
     with closing(Logger(workdir, run.steps, step or None, again)) as logger:
@@ -289,9 +297,9 @@ def go_on(
                 value = validate() if evaluates else None
                 evaluated = True
                 if saves:
-                    checkpoints.save(step, state, value, intervals.notes())
+                    save(state, value)
                 signals.poll()
-            checkpoints.save(run.steps, state, None, intervals.notes())
+            save(state)
             with signals.interruptible():
                 tree = join(state.params, state.track, frozen)
                 result = finish(experiment, tree, logger)
@@ -299,7 +307,7 @@ def go_on(
             with suppress(Spiked):  # which is seen again when the run goes on, as NotFinite is
                 with suppress(NotFinite):
                     intervals.flush()
-                checkpoints.save(step, state, None, intervals.notes() | {"evaluated": evaluated})
+                save(state, evaluated=evaluated)
             checkpoints.wait()
             raise
         except NotFinite as end:
@@ -331,7 +339,7 @@ def rewind(experiment: Experiment, checkpoints: Checkpoints, spike: Spiked) -> S
     return state.replace(data_offset=offset)
 
 
-def give_up(experiment: Experiment, workdir: Path, end: NotFinite, first: int) -> RunFailed:
+def give_up(experiment: Experiment, workdir: Place, end: NotFinite, first: int) -> RunFailed:
     """Write down the examples of the last steps, from batch `first`; returns what to raise."""
     steps = range(end.step - end.count + 1, end.step + 1)
     batches = {str(step): experiment.data.train_ids(first + i) for i, step in enumerate(steps)}
@@ -364,7 +372,7 @@ def git_state() -> str:
     return runs[0].stdout.strip() + ("+" if runs[1].stdout else "")
 
 
-def claim(experiment: Experiment, workdir: Path, command: str) -> None:
+def claim(experiment: Experiment, workdir: Place, command: str) -> None:
     """Write the run's record, or check that the folder's record is of the same run.
 
     Raises: BadInput naming the keys that differ; nothing in the folder is changed then.
@@ -391,7 +399,7 @@ def claim(experiment: Experiment, workdir: Path, command: str) -> None:
         return
     if found := [name for name in (METRICS, "checkpoints") if (workdir / name).exists()]:
         raise BadInput(f"{workdir} has {found[0]} but no {RECORD}; give another --workdir")
-    workdir.mkdir(parents=True, exist_ok=True)
+    make_folder(workdir)
     record = {
         "config": config,
         "model": experiment.facts | {"tokenizer": experiment.data.save_tokenizer(workdir)},

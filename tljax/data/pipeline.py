@@ -16,6 +16,7 @@ from tljax.data.loader import Cached, Loader, Sparing, Transform, Versions
 from tljax.data.sources import Info, Rows, Source, Splits, open_data, open_replay
 from tljax.data.tokens import MaskTokens, Tokenizer, encode, encode_alike, pack, train_wordpiece
 from tljax.data.transforms import Preprocess, fit
+from tljax.storage import Place, on_disk
 from tljax.types import BadInput, Batch
 
 VOCABULARY_TEXTS = 50_000  # texts that a new WordPiece vocabulary is learnt from
@@ -82,11 +83,12 @@ class Pipeline(Inputs):
         batch, size = next(self.train_batches()), self.loader.size
         return {k: jax.ShapeDtypeStruct((size, *v.shape[1:]), v.dtype) for k, v in batch.items()}
 
-    def save_tokenizer(self, folder: Path) -> str | None:
+    def save_tokenizer(self, folder: Place) -> str | None:
         """Write the tokenizer into a run's folder, so that the run needs nothing else."""
         if self.tokenizer is None:
             return None
-        self.tokenizer.save(folder / "tokenizer.json")
+        with on_disk(folder) as local:
+            self.tokenizer.save(local / "tokenizer.json")
         return "tokenizer.json"
 
 
