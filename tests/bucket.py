@@ -20,7 +20,9 @@ import google_crc32c
 class Bucket(ThreadingHTTPServer):
     """One bucket of any name; `objects` maps a name to bytes, and each write has a generation.
 
-    `refused`: a write of a name that ends with one of these is answered with 403.
+    `refused`: a write of a name that ends with one of these is answered with 403.  `failing`: what
+    becomes of the next requests, in order: "lost" are done, and answered as if they were not; of
+    another word it is the answer's code.
     """
 
     daemon_threads = True
@@ -31,6 +33,7 @@ class Bucket(ThreadingHTTPServer):
         self.times: dict[str, str] = {}
         self.generation, self.lock = 0, threading.Lock()
         self.refused: set[str] = set()
+        self.failing: list[str] = []
         self.written: list[str] = []
         self.parts: dict[str, bytes] = {}
 
@@ -78,6 +81,8 @@ class Requests(BaseHTTPRequestHandler):
             super().handle()
 
     def answer(self, code: int, content: Any = b"", **headers: str) -> None:
+        if self.failure:
+            code, content, headers = (503 if self.failure == "lost" else int(self.failure)), b"", {}
         body = content if isinstance(content, bytes) else json.dumps(content).encode()
         kind = "application/octet-stream" if body is content else "application/json"
         self.send_response(code)
@@ -90,6 +95,8 @@ class Requests(BaseHTTPRequestHandler):
 
     def wanted(self) -> tuple[str, str, str, dict[str, str]]:
         """Return bucket, object, what follows, and the query."""
+        with self.server.lock:
+            self.failure = self.server.failing.pop(0) if self.server.failing else ""
         url = urlsplit(self.path)
         _, _, rest = url.path.partition("/storage/v1/b/")
         bucket, _, rest = rest.partition("/o")
@@ -130,6 +137,8 @@ class Requests(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         bucket, name, _, query = self.wanted()
+        if self.failure not in ("", "lost"):
+            return self.answer(200)
         if "/o" not in urlsplit(self.path).path:
             return self.answer(200, {"kind": "storage#bucket", "name": bucket})
         if not name:
@@ -170,6 +179,8 @@ class Requests(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         bucket, name, other, query = self.wanted()
         sent = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        if self.failure not in ("", "lost"):
+            return self.answer(200)
         if other:
             copy = self.server.objects[name][1]
             return self.store(bucket, other.partition("/o/")[2], copy, {}, done=True)
@@ -195,9 +206,13 @@ class Requests(BaseHTTPRequestHandler):
 
     def do_DELETE(self) -> None:
         _, name, _, query = self.wanted()
+        if self.failure not in ("", "lost"):
+            return self.answer(200)
         with self.server.lock:
             now = self.server.objects.get(name, (0, b""))[0]
-            gone = now and query.get("generation", str(now)) == str(now)
-            if gone:
+            code = 204 if now else 404
+            if now and query.get("ifGenerationMatch", str(now)) != str(now):
+                code = 412
+            if code == 204:
                 del self.server.objects[name]
-        self.answer(204 if gone else 404)
+        return self.answer(code)

@@ -3,7 +3,7 @@
 import importlib.util
 import os
 from collections import Counter
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
@@ -66,6 +66,17 @@ def mark_slow(items: list[pytest.Item]) -> None:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("torch"):
         declare_torchvision_ops()
+
+
+@pytest.fixture(scope="session")
+def bucket() -> Iterator[object]:
+    """One object store for all: clients are made once in a process, with the address they find."""
+    from bucket import serving
+
+    with serving() as store, pytest.MonkeyPatch.context() as patch:
+        for name, value in store.environment.items():
+            patch.setenv(name, value)
+        yield store
 
 
 @pytest.fixture(scope="session")

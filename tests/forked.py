@@ -177,3 +177,33 @@ def watch(path: Path) -> None:
 def set_environment(values: dict[str, str]) -> None:
     """Set variables of the environment."""
     os.environ.update(values)
+
+
+def hang_in(what: str) -> None:
+    """Let no batch of training, or of an evaluation, ever come, and patience be short."""
+    from tljax import preemption
+    from tljax.data.loader import Loader
+
+    inner = Loader._run
+
+    def run(self: Any, build: Any, steps: range, kind: str) -> Iterator[Any]:
+        hangs = lambda step: threading.Event().wait()  # noqa: E731
+        return inner(self, hangs if kind == what else build, steps, kind)
+
+    Loader._run = run
+    preemption.PATIENCE, preemption.LIMIT = 0.5, 1.0
+
+
+def lose_lock(path: str, content: str) -> None:
+    """Let another process take over the lock of the run, as soon as it trains."""
+    from tljax import lock, storage, train
+
+    inner = train.Intervals.add
+    lock.BEAT = 0.2
+
+    def add(self: Any, step: int, metrics: Any) -> None:
+        if step == 2:
+            storage.write_text(path, content)
+        inner(self, step, metrics)
+
+    train.Intervals.add = add

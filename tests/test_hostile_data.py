@@ -13,9 +13,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from forked import hang_in, run
 from PIL import Image
 from sklearn.datasets import load_digits
-from test_resume import ROOT
+from test_resume import DIGITS, ROOT, VIT, write_config
 
 from tljax.config import Data
 from tljax.data import loader, sources
@@ -287,3 +288,17 @@ def test_a_worker_that_hangs_is_said_and_ends_the_run():
     assert done.returncode == 1
     assert "the batch of step 3 took 0.2 s so far" in done.stderr
     assert done.stderr.endswith("given up: the batch of step 3 hangs\n")
+
+
+@pytest.mark.parametrize(
+    "what", [pytest.param("training", marks=pytest.mark.slow), "an evaluation"]
+)
+def test_a_run_whose_data_hang_says_so_and_ends(what, tmp_path):
+    values = {"data": DIGITS, "model": VIT, "strategy": {"name": "scratch"}}
+    values["run"] = {"steps": 4, "batch": 16, "eval_every": 2, "save_every": 1}
+    config = write_config(tmp_path / "config.py", values)
+    words, log = ["train", f"--config={config}", f"--workdir={tmp_path / 'run'}"], tmp_path / "log"
+    assert run(words, log, (hang_in, (what,))) == 1
+    assert f"batch 0 of {what} took 0.5 s so far" in log.read_text()
+    assert log.read_text().endswith(f"given up: batch 0 of {what} hangs\n")
+    assert run(words, log) == 0, log.read_text()  # what was saved is whole

@@ -1,6 +1,7 @@
 """Runs on other devices and of several processes: the same examples, the same end, together."""
 
 import json
+import os
 import shutil
 import socket
 from collections.abc import Sequence
@@ -10,12 +11,23 @@ from typing import Any
 
 import numpy as np
 import pytest
-from forked import codes, join_others, kill_at, record_rows, run, send_at, start, use_devices
+from forked import (
+    codes,
+    join_others,
+    kill_at,
+    record_rows,
+    run,
+    send_at,
+    set_environment,
+    start,
+    use_devices,
+)
 from test_resume import DIGITS, VIT, lines_of, result_of, write_config
 
 from tljax.ckpt import leaves_of
 from tljax.lock import locked
 from tljax.preemption import AGAIN
+from tljax.storage import place
 
 pytestmark = pytest.mark.once
 
@@ -23,10 +35,10 @@ RUN = {"steps": 10, "batch": 16, "save_every": 4, "log_every": 1, "eval_every": 
 VALUES = {"data": DIGITS, "model": VIT, "strategy": {"name": "scratch"}, "run": RUN}
 
 
-def words(workdir: Path, **run_values: Any) -> list[str]:
+def words(workdir: Path, home: Any = None, **run_values: Any) -> list[str]:
     values = VALUES | {"run": RUN | run_values}
     config = write_config(workdir.with_suffix(".py"), values)
-    return ["train", f"--config={config}", f"--workdir={workdir}"]
+    return ["train", f"--config={config}", f"--workdir={home or workdir}"]
 
 
 def free_port() -> int:
@@ -39,16 +51,20 @@ def rows_file(workdir: Path, process: int) -> Path:
     return workdir.with_name(f"{workdir.name}-rows-{process}")
 
 
-def train(workdir: Path, processes: int, *signalled: tuple[int, str, str, int]) -> list[int | None]:
+def train(
+    workdir: Path, processes: int, *signalled: tuple[int, str, str, int], home: Any = None
+) -> list[int | None]:
     """Train in so many processes, of eight devices together; returns their exit codes.
 
-    signalled: which process gets which signal, where, and at which time.
+    signalled: which process gets which signal, where, and at which time.  home: the run's folder
+    where it is not `workdir`, beside which the logs are.
     """
     port, strikes = free_port(), {number: [(send_at, rest)] for number, *rest in signalled}
     started = [
         start(
-            words(workdir),
+            words(workdir, home),
             workdir.with_name(f"{workdir.name}-{number}.log"),
+            (set_environment, (dict(os.environ),)),
             (use_devices, (8 // processes,)),
             (join_others, (port, processes, number)),
             (record_rows, (rows_file(workdir, number),)),
@@ -98,6 +114,24 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(whole, tmp_path, 
     assert lines_of(tmp_path / "run") == lines_of(whole)
     assert result_of(tmp_path / "run") == result_of(whole)
     assert rows_of(tmp_path / "run", 2) == rows_of(whole, 2)
+
+
+def test_processes_that_share_no_disk_go_on_from_an_object_store(whole, tmp_path, bucket):
+    home = place("gs://bucket/processes")
+    ended = train(tmp_path / "run", 2, (1, "SIGTERM", "step", 6), home=home)
+    logs = [(tmp_path / f"run-{number}.log").read_text() for number in range(2)]
+    assert ended == [AGAIN, AGAIN], logs
+    assert train(tmp_path / "run", 2, home=home) == [0, 0]
+    assert leaves_of(str(home)) == leaves_of(str(whole))
+    assert lines_of(home) == lines_of(whole)
+    assert result_of(home) == result_of(whole)
+    # An error that only the first process meets ends both.
+    (home / "result.json").unlink()
+    bucket.refused.add("tables.txt")
+    assert train(tmp_path / "run", 2, home=home) == [1, 1]
+    logs = [(tmp_path / f"run-{number}.log").read_text() for number in range(2)]
+    assert all(f"{home} cannot be written: Forbidden" in log for log in logs)
+    bucket.refused.clear()
 
 
 def test_an_error_that_one_process_meets_is_one_of_all(whole, tmp_path):

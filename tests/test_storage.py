@@ -10,8 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from bucket import serving
-from forked import kill_at, kill_in_save, run, send_at, set_environment
+from forked import kill_at, kill_in_save, lose_lock, run, send_at, set_environment
 from test_checkpoint import abstract, assert_same, make_state, make_tree
 from test_resume import DIGITS, VIT, lines_of, result_of, write_config
 
@@ -26,21 +25,15 @@ from tljax.types import BadInput, RunFailed
 
 pytestmark = pytest.mark.once
 RUN = {"steps": 12, "batch": 16, "save_every": 3, "log_every": 1, "eval_every": 6}
-
-
-@pytest.fixture(scope="module")
-def bucket():
-    """One store for all: clients are made once in a process, with the address they find then."""
-    with serving() as store, pytest.MonkeyPatch.context() as patch:
-        for name, value in store.environment.items():
-            patch.setenv(name, value)
-        yield store
+VALUES = {"data": DIGITS, "model": VIT, "strategy": {"name": "scratch"}, "run": RUN}
+LONG_AGO = "2026-01-01T00:00:00.000Z"
 
 
 @pytest.fixture
 def home(bucket, request):
     """A folder in the store, for this test alone."""
     bucket.refused.clear()
+    bucket.failing.clear()
     return place(f"gs://bucket/{re.sub('[^a-z0-9]+', '-', request.node.name)}")
 
 
@@ -48,8 +41,7 @@ def home(bucket, request):
 def expected(tmp_path_factory):
     """Return a config and the folder of its run on a disk."""
     folder = tmp_path_factory.mktemp("disk")
-    values = {"data": DIGITS, "model": VIT, "strategy": {"name": "scratch"}, "run": RUN}
-    config = write_config(folder / "config.py", values)
+    config = write_config(folder / "config.py", VALUES)
     words = ["train", f"--config={config}", f"--workdir={folder / 'run'}"]
     assert run(words, folder / "log") == 0, (folder / "log").read_text()
     return config, folder / "run"
@@ -276,11 +268,51 @@ def test_the_manifest_comes_last_and_without_it_nothing_is_saved(bucket, home):
         assert_same(checkpoints.restore(abstract(make_state())), make_state(3))
 
 
+def test_a_step_that_was_being_set_aside_is_no_step(bucket, saved, monkeypatch):
+    """Killed in the middle of it: the next process completes it, and reads the one before."""
+
+    def cut_off(*_):
+        raise KeyboardInterrupt
+
+    with contextlib.closing(Checkpoints(saved / "checkpoints", keep=2)) as checkpoints:
+        monkeypatch.setattr(storage, "remove", cut_off)
+        with pytest.raises(KeyboardInterrupt):
+            checkpoints.set_aside(5, "the loss had risen")
+    monkeypatch.undo()
+    names = bucket.names(f"{saved.name}/checkpoints/damaged/5-0/")
+    assert names and bucket.names(f"{saved.name}/checkpoints/5/")
+    with contextlib.closing(Checkpoints(saved / "checkpoints")) as checkpoints:
+        assert checkpoints.steps() == [3]
+    with contextlib.closing(Checkpoints(saved / "checkpoints", keep=2)) as checkpoints:
+        assert checkpoints.steps() == [3]
+        assert storage.names(saved / "checkpoints") == {"3", "damaged"}
+        checkpoints.save(5, make_state(5))
+        assert_same(checkpoints.restore(abstract(make_state())), make_state(5))
+
+
+def test_a_store_that_fails_for_a_while_is_asked_again(bucket, saved):
+    bucket.failing = ["503"] * 2
+    with contextlib.closing(Checkpoints(saved / "checkpoints", keep=2)) as checkpoints:
+        assert_same(checkpoints.restore(abstract(make_state())), make_state(5))
+    assert not bucket.failing
+
+
+def test_a_store_that_does_not_answer_is_no_damage(bucket, saved, monkeypatch):
+    with contextlib.closing(Checkpoints(saved / "checkpoints", keep=2)) as checkpoints:
+        bucket.failing = ["401"] * 100  # asked once
+        with pytest.raises(RunFailed, match="cannot be read"):
+            checkpoints.restore(abstract(make_state()))
+        with pytest.raises(storage.refusals()):
+            checkpoints.check(5)
+    bucket.failing.clear()
+    assert storage.names(saved / "checkpoints") == {"3", "5"}
+
+
 def test_a_store_that_refuses_is_said_in_one_line(bucket, expected, home, capsys):
     bucket.refused.add("run.json")
     assert main(["train", f"--config={expected[0]}", f"--workdir={home}"]) == 1
     error = capsys.readouterr().err
-    assert "forbidden" in error and "Traceback" not in error
+    assert f"{home} cannot be used: Forbidden" in error and "Traceback" not in error
     assert storage.names(home) == set()
 
 
@@ -309,22 +341,23 @@ def test_a_lock_of_another_host_is_kept_by_renewing_it(bucket, home):
     storage.write_json(path, {"host": "elsewhere", "pid": 1, "started": "1"})
     with pytest.raises(BadInput, match="process 1 on elsewhere"), locked(home):
         pass
-    bucket.times[f"{home.name}/{lock.NAME}"] = "2026-01-01T00:00:00.000Z"
-    storage.write_bytes(home / lock.BEATS, b"")
-    with pytest.raises(BadInput, match="process 1 on elsewhere"), locked(home):
-        pass
-    bucket.times[f"{home.name}/{lock.BEATS}"] = "2026-01-01T00:00:00.000Z"
+    bucket.times[f"{home.name}/{lock.NAME}"] = LONG_AGO
     with locked(home):
         assert json.loads(path.read_text())["pid"] == os.getpid()
 
 
-def test_a_lock_is_renewed_while_it_is_held(bucket, home, monkeypatch):
+def test_a_lock_is_renewed_while_it_is_held_and_stays_ones_own(bucket, home, monkeypatch):
     monkeypatch.setattr(lock, "BEAT", 0.05)
+    path = home / lock.NAME
     with locked(home):
-        until = time.monotonic() + 20
-        while lock.BEATS not in storage.names(home) and time.monotonic() < until:
+        first, until = storage.version(path), time.monotonic() + 20
+        while storage.version(path) == first and time.monotonic() < until:
             time.sleep(0.05)
-        assert lock.BEATS in storage.names(home)
+        assert storage.version(path) != first
+        bucket.failing = ["503", "lost"]  # not answered; done, but the answer is lost
+        while bucket.failing and time.monotonic() < until:
+            time.sleep(0.05)
+        assert not bucket.failing
     assert storage.names(home) == set()
 
 
@@ -332,7 +365,7 @@ def test_of_two_that_take_over_a_lock_one_gets_it(bucket, home, monkeypatch):
     """Both have seen the old one; the slower must not remove what the faster has made since."""
     path = home / lock.NAME
     storage.write_json(path, {"host": "elsewhere", "pid": 1, "started": "1"})
-    bucket.times[f"{home.name}/{lock.NAME}"] = "2026-01-01T00:00:00.000Z"
+    bucket.times[f"{home.name}/{lock.NAME}"] = LONG_AGO
     discard, faster = storage.discard, contextlib.ExitStack()
 
     def slowly(*arguments):
@@ -343,3 +376,38 @@ def test_of_two_that_take_over_a_lock_one_gets_it(bucket, home, monkeypatch):
     monkeypatch.setattr(storage, "discard", slowly)
     with faster, pytest.raises(BadInput, match="in use by process"), locked(home):
         pass
+
+
+def test_a_lock_that_is_renewed_at_the_last_moment_is_not_taken(bucket, home, monkeypatch):
+    content = {"host": "elsewhere", "pid": 1, "started": "1"}
+    storage.write_json(home / lock.NAME, content)
+    bucket.times[f"{home.name}/{lock.NAME}"] = LONG_AGO
+    discard = storage.discard
+
+    def slowly(*arguments):
+        monkeypatch.setattr(storage, "discard", discard)
+        storage.write_json(home / lock.NAME, content)
+        discard(*arguments)
+
+    monkeypatch.setattr(storage, "discard", slowly)
+    with pytest.raises(BadInput, match="process 1 on elsewhere"), locked(home):
+        pass
+
+
+def test_a_process_whose_lock_was_taken_over_ends_and_leaves_the_other_ones(bucket, home, tmp_path):
+    """It was thought dead, as when its host is frozen for a while."""
+    other = {"host": "elsewhere", "pid": 1, "started": "1"}
+    words = (str(home / lock.NAME), json.dumps(other))
+    before = (set_environment, (bucket.environment,)), (lose_lock, words)
+    config = write_config(tmp_path / "config.py", VALUES | {"run": RUN | {"steps": 10**6}})
+    log = tmp_path / "log"
+    assert run(["train", f"--config={config}", f"--workdir={home}"], log, *before) == 1
+    assert "was taken over; this process ends" in log.read_text()
+    assert json.loads((home / lock.NAME).read_text()) == other
+
+
+def test_an_answer_that_is_lost_costs_no_lock(bucket, home):
+    bucket.failing = ["lost"]
+    with locked(home):
+        assert not bucket.failing
+    assert storage.names(home) == set()

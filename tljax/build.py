@@ -3,6 +3,7 @@
 import ast
 import inspect
 import json
+import os
 import runpy
 import traceback
 import typing
@@ -90,7 +91,7 @@ def read_config(given: str, overrides: Mapping[str, str]) -> Config:
     if in_store(file) and file.suffix != ".json":
         raise BadInput(f"{path}: of an object store only a run's run.json is read as a config")
     words = (word,) if word else ()
-    values = replayed(path, words) if path.endswith(".json") else run_config(path, words)
+    values = replayed(path, words) if path.endswith(".json") else run_config(os.fspath(file), words)
     for dotted, text in overrides.items():
         *parents, name = dotted.split(".")
         section = values

@@ -1,7 +1,8 @@
 """What a run keeps, on a disk or in an object store, and the only place of orbax.
 
 run/checkpoints/<step>/              the state, by orbax, and last its manifest
-run/checkpoints/<step>.saving        a mark: the step is being saved, or removed
+run/checkpoints/<step>.saving        a mark: the step is being saved, or in a store removed
+run/checkpoints/<step>.aside         in a store, a mark: it is being moved, to the name within
 run/checkpoints/damaged/<step>-<n>/  a step that was not what its manifest says
 run/checkpoints/damaged/<step>-<n>.txt  why
 run/frozen/<digest>.safetensors      what never moves: written once, named by its content
@@ -30,7 +31,7 @@ from tljax.storage import Name, Place, in_store, place, run_folder, write_bytes,
 from tljax.tree import flatten, join, unflatten
 from tljax.types import BadInput, RunFailed, Tree
 
-DAMAGED, SAVING, TEMPORARY = "damaged", ".saving", ".orbax-checkpoint-tmp"
+DAMAGED, SAVING, ASIDE, TEMPORARY = "damaged", ".saving", ".aside", ".orbax-checkpoint-tmp"
 REASONS = [os.strerror(n) for n in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)]
 """Why a disk refuses, somewhere in the page that tensorstore writes."""
 FAILURES = (PermissionError, MemoryError, jax.errors.JaxRuntimeError)
@@ -45,38 +46,46 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Name, keep: int | None = None, best: int = 0):
-        self.folder, self._keep, self._best = storage.absolute(run_folder(folder)), keep, best
+        self.folder, self._keep, self._best = run_folder(folder), keep, best
         self._frozen: str | None = None
         self._thread = ThreadPoolExecutor(1, "checkpoints")
         self._saving: Future[None] | None = None
         if keep is None:
             if not self.folder.is_dir():
                 raise BadInput(f"no checkpoints in {self.folder}: it does not exist")
-        elif jax.process_index() == 0:
-            storage.make_folder(self.folder)
-            self._clean()
-        if keep is not None:
-            multihost_utils.sync_global_devices("checkpoints opened")
+        else:
+            with agreeing(RunFailed), refusing(f"{self.folder} cannot be opened"):
+                if jax.process_index() == 0:
+                    storage.make_folder(self.folder)
+                    self._clean()
 
     @cached_property
     def _writer(self) -> ocp.AsyncCheckpointer:
         return ocp.AsyncCheckpointer(ocp.StandardCheckpointHandler())
 
     def _clean(self) -> None:
-        """Remove what a killed process left of a save, or of a removal."""
+        """Remove what a killed process left of a save or a removal; complete what it moved."""
         for name in sorted(storage.names(self.folder)):
             if TEMPORARY in name:
                 storage.remove(self.folder / name)
             if name.endswith(SAVING):
                 folder = self.folder / name.removesuffix(SAVING)
-                if not (folder / manifest.NAME).exists():
+                if manifest.NAME not in storage.names(folder):
                     storage.remove(folder)
+                storage.discard(self.folder / name)
+            if name.endswith(ASIDE):
+                aside = (self.folder / name).read_text()
+                storage.move(self.folder / name.removesuffix(ASIDE), self.folder / DAMAGED / aside)
                 storage.discard(self.folder / name)
 
     def steps(self) -> list[int]:
         """List the steps that are there, oldest first; whether they are whole, restoring says."""
         names = storage.names(self.folder)
-        whole = [name for name in names if name.isdecimal() and f"{name}{SAVING}" not in names]
+        whole = [
+            name
+            for name in names
+            if name.isdecimal() and not {f"{name}{SAVING}", f"{name}{ASIDE}"} & names
+        ]
         return sorted(map(int, whole))
 
     def require_new(self) -> None:
@@ -88,8 +97,9 @@ class Checkpoints:
             )
 
     def latest(self) -> int | None:
-        """Return the newest step, None if there is none."""
-        return max(self.steps(), default=None)
+        """Return the newest step, None if there is none; of several processes all ask."""
+        with agreeing(RunFailed), refusing(f"{self.folder} cannot be listed"):
+            return max(self.steps(), default=None)
 
     def save(
         self,
@@ -147,7 +157,7 @@ class Checkpoints:
             yield
         except Exception as error:
             there = "unknown"
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(*storage.refusals()):
                 there = ", ".join(map(str, self.steps())) or "none"
             reason = next((text for text in REASONS if text in str(error)), first_line(error))
             raise RunFailed(
@@ -178,17 +188,21 @@ class Checkpoints:
 
     def remove(self, step: int) -> None:
         """Remove a step; what a kill leaves of it is cleaned like an unfinished one."""
-        folder, mark = self.folder / str(step), self.folder / f"{step}{SAVING}"
-        storage.create(mark, b"")
+        folder = self.folder / str(step)
+        if not in_store(folder):
+            storage.move(folder, gone := self.folder / f"{step}{TEMPORARY}")
+            storage.remove(gone)
+            return
+        storage.create(mark := self.folder / f"{step}{SAVING}", b"")
         storage.discard(folder / manifest.NAME)
         storage.remove(folder)
         storage.discard(mark)
 
     def told(self, step: int) -> dict[str, Any]:
-        """Read what a step's manifest tells, {} if it cannot be read."""
+        """Read what a step's manifest tells, {} if it is damaged or not there."""
         try:
             return dict(json.loads((self.folder / str(step) / manifest.NAME).read_text()))
-        except (OSError, ValueError):
+        except (FileNotFoundError, ValueError):
             return {}
 
     def restore(self, abstract: Any) -> Any:
@@ -237,6 +251,9 @@ class Checkpoints:
         except FAILURES:
             raise
         except Exception as error:
+            absent = isinstance(error, FileNotFoundError) or not in_store(self.folder)
+            if isinstance(error, storage.refusals()) and not absent:
+                raise
             return first_line(error)
         return ""
 
@@ -254,13 +271,16 @@ class Checkpoints:
     def _newest(self, read: Callable[[int, Mapping[str, Any]], Any]) -> Any:
         """Read the newest step; where it is damaged a writer sets it aside, and reads the next."""
         self.wait()
-        if not (steps := self.steps()):
+        with agreeing(RunFailed), refusing(f"{self.folder} cannot be listed"):
+            steps = self.steps()
+        if not steps:
             raise BadInput(f"no checkpoint in {self.folder}: nothing was saved yet")
         reasons = []
         for step in reversed(steps):
             try:
-                told = self._checked(step)
-                with agreeing(manifest.Damaged):
+                with agreeing(manifest.Damaged, RunFailed), self._refusing(step):
+                    told = manifest.read(self.folder / str(step), files=jax.process_index() == 0)
+                with agreeing(manifest.Damaged, RunFailed), self._refusing(step):
                     return read(step, told)
             except BadInput as error:
                 raise BadInput(f"checkpoint of step {step} in {self.folder}: {error}") from None
@@ -277,22 +297,24 @@ class Checkpoints:
         )
         raise BadInput("\n".join([*reasons, advice]))
 
-    def _checked(self, step: int) -> dict[str, Any]:
-        """Read a step's manifest in every process; the first one compares the files with it."""
-        with agreeing(manifest.Damaged):
-            return manifest.read(self.folder / str(step), files=jax.process_index() == 0)
+    def _refusing(self, step: int) -> contextlib.AbstractContextManager[None]:
+        return refusing(f"checkpoint of step {step} in {self.folder} cannot be read")
 
     def set_aside(self, step: int, reason: str) -> None:
         """Move a step out of the way, write why, and say it."""
-        if jax.process_index() == 0:
-            aside = self.folder / DAMAGED
-            storage.make_folder(aside)
-            before = [name for name in storage.names(aside) if name.startswith(f"{step}-")]
-            moved = aside / f"{step}-{sum(name.endswith('.txt') for name in before)}"
-            write_text(moved.with_suffix(".txt"), f"{reason}\n")
-            storage.move(self.folder / str(step), moved)
-            print(f"{reason}\nset aside as {moved}", file=sys.stderr)
-        multihost_utils.sync_global_devices("step set aside")
+        with agreeing(RunFailed), refusing(f"step {step} cannot be set aside"):
+            if jax.process_index() == 0:
+                aside, folder = self.folder / DAMAGED, self.folder / str(step)
+                storage.make_folder(aside)
+                before = [name for name in storage.names(aside) if name.startswith(f"{step}-")]
+                moved = aside / f"{step}-{sum(name.endswith('.txt') for name in before)}"
+                write_text(moved.with_suffix(".txt"), f"{reason}\n")
+                mark = self.folder / f"{step}{ASIDE}"
+                if in_store(mark):  # from here on it is no step, and whoever comes completes this
+                    write_text(mark, moved.name)
+                storage.move(folder, moved)
+                storage.discard(mark)
+                print(f"{reason}\nset aside as {moved}", file=sys.stderr)
 
     def save_frozen(self, tree: Tree) -> str:
         """Write the frozen leaves once, whole or not at all, and return their digest.
@@ -303,18 +325,31 @@ class Checkpoints:
         content = safetensors.numpy.save(leaves)
         self._frozen = hashlib.sha256(content).hexdigest()[:32]
         path = self._frozen_file(self._frozen)
-        if jax.process_index() == 0 and not _holds(path):
-            if path.exists():
-                print(f"{path} is damaged: written again", file=sys.stderr)
-            runs = () if in_store(path) else self.folder.parent.parent.glob("*/frozen")
-            twin = next((one / path.name for one in runs if _holds(one / path.name)), None)
-            if not (twin and _linked(twin, path)):
-                write_bytes(path, content)
-        multihost_utils.sync_global_devices("frozen tree saved")
+        with agreeing(RunFailed), refusing(f"the frozen tree cannot be saved in {path.parent}"):
+            if jax.process_index() == 0 and not _holds(path):
+                if storage.there(path):
+                    print(f"{path} is damaged: written again", file=sys.stderr)
+                runs = () if in_store(path) else self.folder.parent.parent.glob("*/frozen")
+                twin = next((one / path.name for one in runs if _holds(one / path.name)), None)
+                if not (twin and _linked(twin, path)):
+                    write_bytes(path, content)
         return self._frozen
 
     def _frozen_file(self, digest: str) -> Place:
         return self.folder.parent / "frozen" / f"{digest}.safetensors"
+
+
+@contextlib.contextmanager
+def refusing(what: str) -> Iterator[None]:
+    """Make an error of a disk, a store or a library that reads them a RunFailed that says what."""
+    try:
+        yield
+    except BadInput:
+        raise
+    except Exception as error:
+        if not isinstance(error, (*storage.refusals(), ValueError)):
+            raise
+        raise RunFailed(f"{what}: {first_line(error)}") from error
 
 
 def first_line(error: Exception) -> str:
@@ -334,7 +369,9 @@ def read_tree(workdir: Name) -> Tree:
 
 
 def _holds(path: Place) -> bool:
-    """Tell whether a file's content is what it is named by."""
+    """Tell whether a file's content is what it is named by; a store's object is as written."""
+    if in_store(path):
+        return storage.there(path)
     try:
         return storage.digest(path) == path.stem
     except OSError:
@@ -355,10 +392,11 @@ def _linked(twin: Place, path: Place) -> bool:
 
 
 def _load_verified(path: Place) -> dict[str, np.ndarray]:
-    if not path.exists():
+    if not storage.there(path):
         there = sorted(file.name for file in path.parent.glob("*.safetensors"))
         raise BadInput(f"no frozen tree {path}; its folder holds: {there}")
-    local = place(storage.fetched(path.parent, path.name)) / path.name
-    if not _holds(local):
+    content = path.read_bytes() if in_store(path) else b""
+    digest = hashlib.sha256(content).hexdigest()[:32] if content else storage.digest(path)
+    if digest != path.stem:
         raise BadInput(f"frozen tree {path} is damaged: its content is not what it is named by")
-    return safetensors.numpy.load_file(local)
+    return safetensors.numpy.load(content) if content else safetensors.numpy.load_file(path)

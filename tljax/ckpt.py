@@ -32,9 +32,10 @@ def ls(run: Name) -> str:
             shown = "no manifest" if not told else "" if worth is None else f"{worth:.5g}"
             count = len(told.get("leaves", ()))
             lines.append(f"{step:>9}  {saved:16}  {size:>14,}  {count:>6}  {shown}".rstrip())
-        for path in sorted((place(run) / "frozen").glob("*.safetensors")):
-            shared = "" if storage.in_store(path) else f", in {os.stat(path).st_nlink} runs"
-            lines.append(f"frozen {path.name}  {path.stat().length:,} bytes{shared}")
+        frozen = place(run) / "frozen"
+        for name, size in storage.sizes(frozen).items():
+            links = 0 if storage.in_store(frozen) else os.stat(frozen / name).st_nlink
+            lines.append(f"frozen {name}  {size:,} bytes" + f", in {links} runs" * bool(links))
         aside = sorted((checkpoints.folder / DAMAGED).glob("*.txt"))
         return "\n".join([*lines, *(f"set aside: {path.read_text().strip()}" for path in aside)])
 

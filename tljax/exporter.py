@@ -226,7 +226,7 @@ def whole(folder: Place) -> Iterator[Path]:
     try:
         yield local
         if folder.exists():
-            folder.rmdir()  # it is empty
+            os.rmdir(folder)  # it is empty
         local.rename(folder)
     except BadInput as error:
         raise BadInput(str(error).replace(str(local), str(folder))) from None

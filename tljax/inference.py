@@ -1,6 +1,7 @@
 """What is done with a finished run: evaluate it again, or let it predict."""
 
 import json
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +22,7 @@ from tljax.data.tables import TABLES, read_table
 from tljax.evaluate import evaluate
 from tljax.models import MODELS
 from tljax.source import is_run, plain, read_record, require_same_body
-from tljax.storage import Name, Place, absolute, place, write_text
+from tljax.storage import Name, Place, place, write_text
 from tljax.tree import join
 from tljax.types import BadInput, Batch, Tree
 
@@ -78,7 +79,7 @@ def with_head_of(run: Finished, older: Place) -> Finished:
     if facts["labels"] == run.facts["labels"]:
         return run
     weights = run.config.weights
-    if weights is None or absolute(place(weights)) != absolute(older):
+    if weights is None or os.path.realpath(place(weights)) != os.path.realpath(older):
         raise BadInput(
             f"{older} has other labels, and the run started from {weights}: a run can only be read "
             "by the head of the one that it started from"

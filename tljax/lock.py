@@ -3,17 +3,20 @@
 import json
 import os
 import socket
+import sys
 import threading
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from tljax import storage
 from tljax.storage import Name, Place, place
 from tljax.types import BadInput
 
-NAME, BEATS = "lock.json", "lock.beat"
+NAME = "lock.json"
 Holder = dict[str, str | int]
 BEAT, STALE = 10.0, 60.0  # seconds: a lock is renewed so often, and is nobody's after so long
 
@@ -22,9 +25,9 @@ BEAT, STALE = 10.0, 60.0  # seconds: a lock is renewed so often, and is nobody's
 def locked(workdir: Name) -> Iterator[None]:
     """Hold a folder's lock, which names host and process; one that nobody holds is taken over.
 
-    A process of this host is looked for; one of another host has to renew its lock to keep it: by
-    touching it, or in an object store by writing another object, so that the lock stays the one
-    that it was.
+    A process of this host is looked for; one of another host has to renew its lock to keep it,
+    and the clocks of hosts (and of a store) must agree within that time.  A process that finds
+    its lock taken over ends at once: what it has saved stays.
     Raises: BadInput if another process holds it, or it is no folder.
     """
     folder = place(workdir)
@@ -33,86 +36,125 @@ def locked(workdir: Name) -> Iterator[None]:
     except (FileExistsError, NotADirectoryError):
         raise BadInput(f"{folder} is a file, or lies below one; give a folder") from None
     pid = os.getpid()
-    mine: Holder = {
-        "host": socket.gethostname(),
-        "space": _space(),
-        "pid": pid,
-        "started": started(pid),
-    }
-    path = folder / NAME
-    while not storage.create(path, json.dumps(mine).encode()):
-        _take_over(path, mine)
+    lock = Lock(
+        folder / NAME,
+        {
+            "host": socket.gethostname(),
+            "space": _space(),
+            "pid": pid,
+            "started": started(pid),
+            "token": uuid.uuid4().hex,
+        },
+    )
+    while not lock.take():
+        lock.remove_stale()
     ended = threading.Event()
-    beating = threading.Thread(target=_beat, args=(path, mine, ended), daemon=True)
+    beating = threading.Thread(target=lock.beat, args=(ended,), daemon=True)
     beating.start()
     try:
         yield
     finally:
         ended.set()
         beating.join()
-        if _read(path) == mine:  # and nobody has taken it over
-            storage.discard(path.with_name(BEATS))
-            storage.discard(path)
+        with suppress(*storage.refusals()):  # it is nobody's, or soon
+            lock.give_back()
 
 
-def _read(path: Place) -> Holder:
-    """Read who holds a lock: {} for one that is not whole, or not there."""
-    try:
-        found = json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+@dataclass
+class Lock:
+    """A lock's file, what this process writes into it, and in a store the version it wrote."""
 
+    path: Place
+    mine: Holder
+    version: str | None = None
 
-def _take_over(path: Place, mine: Holder) -> None:
-    """Remove a lock whose holder is gone; raises BadInput if it is not."""
-    seen = storage.version(path)
-    holder = _read(path)
-    renewed = [storage.changed(each) for each in (path, path.with_name(BEATS))]
-    age = time.time() - max(renewed)
-    if not renewed[0]:  # given back just now
-        return
-    here = bool(holder) and all(holder.get(name) == mine[name] for name in ("host", "space"))
-    if here:
-        alive = started(int(holder["pid"])) == holder["started"]
-        advice = ""
-    else:
-        alive = age < STALE
-        advice = f"; a lock that is not renewed for {STALE:.0f} s is nobody's"
-    if alive:
-        who = f"process {holder['pid']} on {holder['host']}" if holder else "another process"
-        raise BadInput(
-            f"{path.parent} is in use by {who} ({path}): wait for it, or give another "
-            f"--workdir{advice}"
-        )
-    print(f"{path}: its process is gone; taken over")
-    if storage.in_store(path):
-        if seen:  # else it was given back meanwhile
-            storage.discard(path, seen)
-        return
-    gone = path.with_name(f"{NAME}.{os.getpid()}")
-    with suppress(FileNotFoundError):  # another process was faster
-        path.rename(gone)
-        if _read(gone) == holder:
-            gone.unlink()
-        else:  # what was renamed is a new holder's
-            gone.rename(path)
+    def take(self) -> bool:
+        """Create the file; tells whether it is this process's."""
+        created = storage.create(self.path, self._content())
+        # A store may have written, and its answer been lost.
+        if created or self.holder() == self.mine:
+            self.version = storage.version(self.path)
+            return True
+        return False
 
+    def _content(self) -> bytes:
+        return json.dumps(self.mine).encode()
 
-def _beat(path: Place, mine: Holder, ended: threading.Event) -> None:
-    while not ended.wait(BEAT):
-        with suppress(*storage.refusals()):  # it is renewed again soon
-            if _read(path) == mine:
-                if storage.in_store(path):
-                    storage.write_bytes(path.with_name(BEATS), b"")
-                else:
-                    os.utime(path)
+    def holder(self) -> Holder:
+        """Read who holds it: {} for a file that is not whole, or not there."""
+        try:
+            found = json.loads(self.path.read_text())
+        except (FileNotFoundError, ValueError):
+            return {}
+        return found if isinstance(found, dict) else {}
+
+    def remove_stale(self) -> None:
+        """Remove a lock whose holder is gone; raises BadInput if it is not."""
+        seen, renewed = storage.version(self.path), storage.changed(self.path)
+        if not renewed:  # given back just now
+            return
+        holder, age = self.holder(), time.time() - renewed
+        names = ("host", "space")
+        if holder and all(holder.get(name) == self.mine[name] for name in names):
+            alive = started(int(holder["pid"])) == holder["started"]
+            advice = ""
+        else:
+            alive = age < STALE
+            advice = f"; a lock that is not renewed for {STALE:.0f} s is nobody's"
+        if alive:
+            who = f"process {holder['pid']} on {holder['host']}" if holder else "another process"
+            raise BadInput(
+                f"{self.path.parent} is in use by {who} ({self.path}): wait for it, or give "
+                f"another --workdir{advice}"
+            )
+        print(f"{self.path}: its process is gone; taken over")
+        if storage.in_store(self.path):
+            if seen:  # of a renewed lock, or a new one, the version is another
+                storage.discard(self.path, seen)
+            return
+        gone = self.path.with_name(f"{NAME}.{os.getpid()}")
+        with suppress(FileNotFoundError):  # another process was faster
+            os.replace(self.path, gone)
+            if json.loads(gone.read_text() or "{}") == holder:
+                gone.unlink()
+            else:  # what was renamed is a new holder's
+                os.replace(gone, self.path)
+
+    def beat(self, ended: threading.Event) -> None:
+        """Renew the lock until the end; ends the process if it is another's."""
+        while not ended.wait(BEAT):
+            with suppress(*storage.refusals()):  # it is tried again soon
+                if not self.renew():
+                    print(f"tljax: {self.path} was taken over; this process ends", file=sys.stderr)
+                    sys.stderr.flush()
+                    os._exit(1)
+
+    def renew(self) -> bool:
+        """Say that the holder is alive; tells whether it still holds the lock."""
+        if not storage.in_store(self.path):
+            holder = self.holder()
+            if holder == self.mine:
+                os.utime(self.path)
+            return holder in ({}, self.mine)
+        version = storage.write_if(self.path, self._content(), self.version)
+        if version is None and self.holder() == self.mine:
+            version = storage.version(self.path)  # written, and the answer was lost
+        self.version = version
+        return version is not None
+
+    def give_back(self) -> None:
+        """Remove the lock, unless it was taken over."""
+        if storage.in_store(self.path):
+            storage.discard(self.path, self.version)
+        elif self.holder() == self.mine:
+            storage.discard(self.path)
 
 
 def _space() -> str:
     """Name the space that process numbers are counted in: a container has its own."""
     try:
-        return os.readlink("/proc/self/ns/pid")
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()  # of hosts with one name
+        return f"{os.readlink('/proc/self/ns/pid')} {boot}"
     except OSError:
         return ""
 

@@ -19,7 +19,7 @@ from sklearn.metrics import f1_score
 from tqdm import tqdm
 
 from tljax import storage
-from tljax.storage import Place
+from tljax.storage import Name
 from tljax.tree import flatten
 from tljax.types import Tree
 
@@ -211,15 +211,16 @@ class Logger:
     process writes.  For an object store they are kept on this disk, until `flush`.
     """
 
-    def __init__(self, workdir: Place, total: int, resumed: int | None = None, again: bool = False):
+    def __init__(self, workdir: Name, total: int, resumed: int | None = None, again: bool = False):
         # Not at the top: it imports torch where torch is installed, which takes seconds.
         from tensorboardX import SummaryWriter
 
         self._active = jax.process_index() == 0
         self._total, self._start = total, (resumed or 0, time.monotonic())
         if self._active:
-            storage.make_folder(workdir)
-            self._folder, self._local = workdir, storage.fetched(workdir, METRICS)
+            self._folder = storage.place(workdir)
+            storage.make_folder(self._folder)
+            self._local = storage.fetched(self._folder, METRICS)
             last = -1 if resumed is None else resumed
             self._repeated = {total, last} if again else {total}
             self._file = open(self._local / METRICS, "a+")  # noqa: SIM115
@@ -268,12 +269,11 @@ class Logger:
             storage.upload(self._local, self._folder, METRICS, EVENTS)
 
     def close(self) -> None:
-        """Flush and close; safe to call twice."""
+        """Close what is on this disk; safe to call twice."""
         if self._active:
-            self._events.close()
-            self.flush()
             self._active = False
             self._file.close()
+            self._events.close()
             self._bar.close()
 
 

@@ -71,7 +71,7 @@ class Pretrained:
 
 
 def load(
-    source: str | Path,
+    source: str | os.PathLike[str],
     image_size: int | tuple[int, int] | None = None,
     num_classes: int | None = None,
     *,
@@ -91,7 +91,7 @@ def load(
 
     Raises: BadInput for whatever does not fit, naming file and tensor; nothing is half loaded.
     """
-    if not isinstance(source, str | Path) or not str(source):
+    if not isinstance(source, str | os.PathLike) or not str(source):
         raise BadInput(f"source={source!r}: expected a name or a path")
     if not _is_size(image_size):
         raise BadInput(f"image_size={image_size!r}: expected pixels, a side or (height, width)")

@@ -18,7 +18,7 @@ from tljax.exporter import require_new, whole
 from tljax.inference import Finished, open_finished
 from tljax.metrics import worth
 from tljax.source import RECORD, RESULT, merged, open_source
-from tljax.storage import Name, Place, absolute, place, run_folder, write_json
+from tljax.storage import Name, Place, place, run_folder, write_json
 from tljax.tree import flatten, nearest, unflatten
 from tljax.types import BadInput, Tree
 from tljax.weights import Source
@@ -78,7 +78,7 @@ def soup(
     Wortsman et al. 2021, arXiv 2109.01903, eq. 2).  BatchNorm's statistics are averaged, too.
     Raises: BadInput for runs of other labels or another structure.
     """
-    require_new(out := absolute(run_folder(out)))
+    require_new(out := run_folder(out))
     check_choice(runs, weights, greedy, alphas)
     sources = [merged(open_source(str(run))) for run in runs]
     first = first_run(sources)

@@ -65,7 +65,7 @@ def read_record(workdir: Name) -> dict[str, Any]:
 def is_run(name: str) -> bool:
     """Tell a run's folder from other names of weights or data."""
     return (Path(name) / RECORD).is_file() or (
-        name.startswith(storage.STORE) and (place(name) / RECORD).exists()
+        name.startswith(storage.STORE) and storage.there(place(name) / RECORD)
     )
 
 

@@ -16,10 +16,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
+from urllib.parse import quote
 
 import jax
 
 os.environ.setdefault("EPATH_USE_TF", "false")  # etils would take TensorFlow's files if it is there
+# gcsfs would treat zonal buckets apart, whose objects are not created conditionally.
+os.environ.setdefault("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
 from etils import epath
 
 from tljax.types import BadInput
@@ -55,21 +58,25 @@ def in_store(path: Place) -> bool:
 def run_folder(name: Name) -> Place:
     """Name the folder of a run; raises BadInput for one that orbax would not find again.
 
-    It looks for what it has written by a pattern that begins with the folder's name.
+    It looks for what it has written by a pattern that begins with the folder's name, and takes a
+    store's address apart as one of the web.
     """
-    folder = place(name)
-    if found := sorted(set("*?[") & set(os.fspath(folder))):
-        raise BadInput(f"{folder}: a run's folder has no {' '.join(found)} in its name or above it")
+    folder = absolute(place(name))
+    special = set("*?[#" if in_store(folder) else "*?[") & set(os.fspath(folder))
+    if special:
+        raise BadInput(
+            f"{folder}: a run's folder cannot have {' '.join(sorted(special))} in its path"
+        )
     return folder
 
 
 def absolute(path: Place) -> Place:
     """Make a path on a disk independent of where this process is."""
-    return path if in_store(path) else path.resolve()
+    return path if in_store(path) else epath.Path(os.path.join(os.getcwd(), path))
 
 
 @functools.cache
-def _store(**options: Any) -> Any:
+def _store() -> Any:
     """Return the client that etils.epath takes as well; raises BadInput if it is not installed."""
     try:
         import fsspec
@@ -78,13 +85,18 @@ def _store(**options: Any) -> Any:
         raise BadInput(f"{STORE} needs gcsfs: pip install 'tljax[gcs]'") from None
     # It would keep what it has listed for ever, and tensorstore writes behind its back.
     fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
-    return fsspec.filesystem("gcs", finalize_on_close=True, **options)
+    return fsspec.filesystem("gcs", finalize_on_close=True)
 
 
 def refusals() -> tuple[type[Exception], ...]:
     """Return the errors by which a disk or a store refuses, or does not answer."""
-    gcsfs = sys.modules.get("gcsfs")
-    return (OSError, gcsfs.retry.HttpError, gcsfs.core.aiohttp.ClientError) if gcsfs else (OSError,)
+    if "gcsfs" not in sys.modules:
+        return (OSError,)
+    from aiohttp import ClientError
+    from gcsfs.retry import ChecksumError, HttpError, NonRetryableError
+    from google.auth.exceptions import GoogleAuthError
+
+    return (OSError, HttpError, NonRetryableError, ChecksumError, ClientError, GoogleAuthError)
 
 
 def to_json(content: Any) -> str:
@@ -123,11 +135,7 @@ def write_bytes(path: Name, content: bytes) -> None:
 def create(path: Place, content: bytes) -> bool:
     """Write a file if it is not there; tells whether it was not: of several, one creates it."""
     if in_store(path):
-        try:
-            _store().pipe_file(str(path), content, mode="create")
-        except FileExistsError:
-            return False
-        return True
+        return write_if(path, content, "0") is not None
     try:
         handle = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
     except FileExistsError:
@@ -141,6 +149,21 @@ def create(path: Place, content: bytes) -> bool:
     return True
 
 
+def write_if(path: Place, content: bytes, seen: str) -> str | None:
+    """Write an object of a store if its `version` is the one that was seen, "0" if it was absent.
+
+    Returns its new version; None if it was another one, and nothing was written.
+    """
+    bucket, key = _parts(path)
+    uploads = f"{_store().base.replace('/storage/', '/upload/storage/')}b/{quote(bucket)}/o"
+    query = {"uploadType": "media", "name": key, "ifGenerationMatch": seen}
+    try:
+        told = _store().call("POST", uploads, data=content, json_out=True, **query)
+    except FileExistsError:
+        return None
+    return str(told["generation"])
+
+
 def discard(path: Place, seen: str | None = None) -> None:
     """Remove a file; one that is not there is no error.
 
@@ -148,20 +171,39 @@ def discard(path: Place, seen: str | None = None) -> None:
     """
     try:
         if not in_store(path):
-            path.unlink()
+            os.unlink(path)
         elif seen is None:
             _store().rm_file(str(path))
         else:
-            _store(version_aware=True).rm_file(f"{path}#{seen}")
-    except FileNotFoundError:
+            _store().call("DELETE", "b/{}/o/{}", *_parts(path), ifGenerationMatch=seen)
+    except (FileNotFoundError, FileExistsError):
         pass
 
 
 def version(path: Place) -> str | None:
     """Return what changes whenever an object of a store is written; None if it is not there."""
-    if not in_store(path) or not path.exists():
+    if not in_store(path):
         return None
-    return str(_store().info(str(path))["generation"])
+    try:
+        return str(_store().info(str(path))["generation"])
+    except (FileNotFoundError, KeyError):
+        return None
+
+
+def _parts(path: Place) -> tuple[str, str]:
+    bucket, _, key = str(path).removeprefix(STORE).partition("/")
+    return bucket, key
+
+
+def there(path: Place) -> bool:
+    """Tell whether a file or folder is there; a disk or store that does not say it is an error."""
+    if in_store(path):
+        return bool(path.exists())
+    try:
+        os.stat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True
 
 
 def changed(path: Place) -> float:
@@ -189,13 +231,13 @@ def _sync(path: Name) -> None:
 
 
 def names(folder: Place) -> set[str]:
-    """List what is in a folder; an object store's is there when something is in it."""
+    """List what is in a folder: nothing, if it is not there."""
     try:
-        return {path.name for path in folder.iterdir()}
-    except FileNotFoundError:
         if in_store(folder):
-            return set()
-        raise
+            return {path.name for path in folder.iterdir()}
+        return set(os.listdir(folder))
+    except FileNotFoundError:
+        return set()
 
 
 def sizes(folder: Place) -> dict[str, int]:
@@ -236,25 +278,31 @@ def remove(folder: Place) -> None:
     if in_store(folder):
         for name in sizes(folder):
             discard(folder / name)
-    elif folder.exists():
+    elif there(folder):
         shutil.rmtree(folder)
 
 
 def move(folder: Place, to: Place) -> None:
-    """Rename a folder; in an object store its objects are copied there, and removed afterwards."""
+    """Rename a folder; in an object store its objects are copied there, and removed afterwards.
+
+    Where that was cut off, doing it again completes it.
+    """
     if in_store(folder):
         for name in sizes(folder):
             _store().cp_file(str(folder / name), str(to / name))
         remove(folder)
     else:
-        folder.rename(to)
+        os.rename(folder, to)
 
 
 def upload(local: Path, folder: Place, *tops: str) -> None:
-    """Copy files below a folder of this disk into an object store: all, or those of `tops`."""
-    for name in sizes(epath.Path(local)):
-        if not tops or name.split(os.sep)[0] in tops:
-            _store().put_file(str(local / name), str(folder / name))
+    """Copy files below a folder of this disk into an object store: all, or those of `tops`.
+
+    What was written last goes last: it tells that the rest is there.
+    """
+    files = [name for name in sizes(epath.Path(local)) if not tops or name.split(os.sep)[0] in tops]
+    for name in sorted(files, key=lambda name: os.stat(local / name).st_mtime_ns):
+        _store().put_file(str(local / name), str(folder / name))
 
 
 @contextmanager
@@ -276,7 +324,7 @@ def fetched(folder: Place, *wanted: str) -> Path:
     local = _downloads() / str(folder).removeprefix(STORE)
     local.mkdir(parents=True, exist_ok=True)
     for name in wanted:
-        if (folder / name).exists():
+        if there(folder / name):
             (local / name).write_bytes((folder / name).read_bytes())
         else:  # of an earlier run there
             (local / name).unlink(missing_ok=True)

@@ -19,6 +19,8 @@ from tljax.build import Experiment, build, open_parts
 from tljax.checkpoint import Checkpoints
 from tljax.config import Config
 from tljax.evaluate import collect
+from tljax.lock import NAME as LOCK
+from tljax.lock import locked
 from tljax.metrics import Logger
 from tljax.optim import with_decay, with_lr
 from tljax.sharding import stacked
@@ -86,9 +88,10 @@ def sweep(
         for ended in train_heads(experiment, *begun, list(itertools.product(rates, decays))):
             trials.append(ended.trial)
             best = ended if best is None or ended.trial.value > best.trial.value else best
-    result = keep(best, folder, command)
-    write_json(folder / RESULT, result | {"seconds": time.perf_counter() - began})
-    return report(trials, best.trial, folder) | result
+    with locked(folder):
+        result = keep(best, folder, command)
+        write_json(folder / RESULT, result | {"seconds": time.perf_counter() - began})
+        return report(trials, best.trial, folder) | result
 
 
 def read_lists(lr: str, decay: str, read: str | None) -> tuple[list[float], list[float], list[str]]:
@@ -109,7 +112,7 @@ def refuse(config: Config, rates: Sequence[float], decays: Sequence[float], work
         fits = [np.isfinite(x) and (x > 0 if name == "lr" else x >= 0) for x in given]
         if not given or not all(fits):
             raise BadInput(f"--{name} is a list of numbers {least}, given {list(given)}")
-    if workdir.exists() and (not workdir.is_dir() or names(workdir)):
+    if workdir.exists() and (not workdir.is_dir() or names(workdir) - {LOCK}):
         raise BadInput(f"{workdir} is not empty: a sweep wants a new --workdir")
     if config.run.features == "off":
         raise BadInput("run.features='off': a sweep computes features once, leave it out")
@@ -163,7 +166,9 @@ def keep(best: Ended, workdir: Place, command: str) -> dict[str, Any]:
     ):
         checkpoints.save_frozen(frozen)
         checkpoints.save(run.steps, jax.device_put(state, experiment.shardings.state))
-        return finish(experiment, join(state.params, state.track, frozen), logger)
+        result = finish(experiment, join(state.params, state.track, frozen), logger)
+        logger.flush()
+        return result
 
 
 def report(trials: Sequence[Trial], best: Trial, workdir: Place) -> dict[str, Any]:

@@ -9,7 +9,6 @@ from contextlib import (
     AbstractContextManager,
     ExitStack,
     closing,
-    contextmanager,
     nullcontext,
     suppress,
 )
@@ -24,7 +23,7 @@ from jax.experimental import multihost_utils
 
 from tljax import features
 from tljax.build import Experiment
-from tljax.checkpoint import Checkpoints, digest_of
+from tljax.checkpoint import Checkpoints, digest_of, refusing
 from tljax.config import parse
 from tljax.data.loader import prefetch_to_device
 from tljax.data.sources import identity
@@ -36,11 +35,11 @@ from tljax.meeting import agreeing, meet
 from tljax.metrics import METRICS, Logger, parameter_table, role_counts, worth
 from tljax.objectives import passing
 from tljax.plan import compile_step, cost_of, describe, require_room
-from tljax.preemption import Preempted, Signals, patience
+from tljax.preemption import Preempted, Signals
 from tljax.sharding import under
 from tljax.source import RECORD, RESULT, read_record
 from tljax.state import State
-from tljax.storage import Name, Place, make_folder, refusals, run_folder, write_json, write_text
+from tljax.storage import Name, Place, make_folder, run_folder, there, write_json, write_text
 from tljax.tree import flatten, join, unflatten
 from tljax.types import BadInput, Batch, RunFailed, Tree
 
@@ -176,7 +175,7 @@ def advance(
     host = experiment.data.train_batches(start + offset)
     batches = prefetch_to_device(host, experiment.put)
     for step in range(start + 1, experiment.config.run.steps + 1):
-        with interruptible(), patience(f"the batch of step {step}"):
+        with interruptible():
             batch = next(batches)
         state, metrics = compiled(state, frozen, batch)
         yield step, state, metrics
@@ -206,16 +205,17 @@ def train(
     with ExitStack() as stack:
         if jax.process_count() > 1:
             signals.share(stack.enter_context(closing(meet())))
-        with agreeing(BadInput, RunFailed), blamed():
+        with agreeing(BadInput, RunFailed), refusing(f"{folder} cannot be used"):
             require_room(experiment)
             if jax.process_index() == 0:
-                if not (folder / RESULT).exists():
+                if not there(folder / RESULT):
                     stack.enter_context(locked(folder))
                 claim(experiment, folder, command)
-        if (folder / RESULT).exists():
+        if there(folder / RESULT):
             print(f"{folder} is finished")
             return dict(json.loads((folder / RESULT).read_text()))
-        write_text(folder / TABLES, tables(experiment) + "\n")
+        with agreeing(RunFailed), refusing(f"{folder} cannot be written"):
+            write_text(folder / TABLES, tables(experiment) + "\n")
         print(f"{summary(experiment)}\nevery leaf: {folder / TABLES}")
         checkpoints = Checkpoints(folder / "checkpoints", run.keep, run.keep_best)
         stack.enter_context(closing(checkpoints))
@@ -243,15 +243,6 @@ def train(
     return result
 
 
-@contextmanager
-def blamed() -> Iterator[None]:
-    """Make the refusal of a disk or store an error that processes can agree on."""
-    try:
-        yield
-    except refusals() as error:
-        raise RunFailed(str(error)) from error
-
-
 def go_on(
     experiment: Experiment,
     compiled: Callable[..., Any],
@@ -263,7 +254,8 @@ def go_on(
     """Make the steps that are left, with their logs and saves; returns the end's metrics."""
     run, (state, frozen) = experiment.config.run, begun
     step, evaluated = int(state.step), True
-    notes = checkpoints.told(step).get("notes", {}) if step else {}
+    with agreeing(RunFailed), refusing(f"step {step} of {workdir} cannot be read"):
+        notes = checkpoints.told(step).get("notes", {}) if step else {}
 
     def validate() -> float:
         with signals.interruptible():
@@ -272,10 +264,9 @@ def go_on(
         name = next(iter(scores))
         return worth(name, scores[name])
 
-    def save(state: State, value: float | None = None, **more: bool) -> None:
-        with agreeing(RunFailed), blamed():
+    def flush() -> None:
+        with agreeing(RunFailed), refusing(f"the log of {workdir} cannot be written"):
             logger.flush()
-        checkpoints.save(step, state, value, intervals.notes() | more)
 
     again = not notes.get("evaluated", True)  # a signal came in the middle of it
     with closing(Logger(workdir, run.steps, step or None, again)) as logger:
@@ -297,18 +288,22 @@ def go_on(
                 value = validate() if evaluates else None
                 evaluated = True
                 if saves:
-                    save(state, value)
+                    flush()
+                    checkpoints.save(step, state, value, intervals.notes())
                 signals.poll()
-            save(state)
+            flush()
+            checkpoints.save(run.steps, state, None, intervals.notes())
             with signals.interruptible():
                 tree = join(state.params, state.track, frozen)
                 result = finish(experiment, tree, logger)
+            flush()
         except Preempted:
             with suppress(Spiked):  # which is seen again when the run goes on, as NotFinite is
                 with suppress(NotFinite):
                     intervals.flush()
-                save(state, evaluated=evaluated)
+                checkpoints.save(step, state, None, intervals.notes() | {"evaluated": evaluated})
             checkpoints.wait()
+            flush()  # at last: time may be short
             raise
         except NotFinite as end:
             first = end.step - end.count + int(state.data_offset)
@@ -378,7 +373,7 @@ def claim(experiment: Experiment, workdir: Place, command: str) -> None:
     Raises: BadInput naming the keys that differ; nothing in the folder is changed then.
     """
     config = experiment.config.model_dump(mode="json")
-    if (workdir / RECORD).exists():
+    if there(workdir / RECORD):
         before = read_record(workdir)
         with suppress(BadInput):  # what was not yet a key had its default
             before["config"] = parse(before["config"]).model_dump(mode="json")
@@ -397,7 +392,7 @@ def claim(experiment: Experiment, workdir: Place, command: str) -> None:
             print(f"begun on {before['device']}, on another mesh or number of devices than "
                   f"{devices()} now: the same to about 1e-5, not to the bit")  # fmt: skip
         return
-    if found := [name for name in (METRICS, "checkpoints") if (workdir / name).exists()]:
+    if found := [name for name in (METRICS, "checkpoints") if there(workdir / name)]:
         raise BadInput(f"{workdir} has {found[0]} but no {RECORD}; give another --workdir")
     make_folder(workdir)
     record = {

@@ -12,6 +12,7 @@ import numpy as np
 
 from tljax.data.corrupt import Allowance
 from tljax.data.sources import Joined, Source, stacked
+from tljax.preemption import patience
 from tljax.types import BadInput, Batch
 
 Transform = Callable[[dict, np.random.Generator], dict]
@@ -145,7 +146,7 @@ class Loader:
             batch = _stack(source, transform, indices, seeds)
             return mix(batch, np.random.default_rng([_BATCH, seed, step])) if mix else batch
 
-        return self._run(build, range(start, _FOREVER))
+        return self._run(build, range(start, _FOREVER), "training")
 
     def order(
         self, count: int, seed: int, views: int = 1, replayed: int = 0, share: float = 0.0
@@ -184,18 +185,22 @@ class Loader:
             batch = _stack(source, transform, indices, [(_EVALUATION, i) for i in indices])
             return {**batch, "valid": positions < len(source)}
 
-        return self._run(build, range(-(-len(source) // self.size)))
+        return self._run(build, range(-(-len(source) // self.size)), "an evaluation")
 
     def _positions(self, step: int) -> range:
         share = self.size // self.processes
         first = step * self.size + self.process * share
         return range(first, first + share)
 
-    def _run(self, build: Callable[[int], Batch], steps: range) -> Iterator[Batch]:
+    def _run(self, build: Callable[[int], Batch], steps: range, what: str) -> Iterator[Batch]:
         # An element is a whole batch, so a small buffer is enough to keep every thread busy.
         options = grain.ReadOptions(num_threads=self.threads, prefetch_buffer_size=2 * self.threads)
         dataset = grain.MapDataset.range(steps.start, steps.stop).map(build)
-        return iter(dataset.to_iter_dataset(options))
+        batches = iter(dataset.to_iter_dataset(options))
+        for step in steps:
+            with patience(f"batch {step} of {what}"):
+                batch = next(batches)
+            yield batch
 
 
 def prefetch_to_device(batches: Iterable[Batch], put: Callable[[Batch], Any]) -> Iterator[Any]:
