@@ -87,7 +87,9 @@ def read_config(given: str, overrides: Mapping[str, str]) -> Config:
     path, _, word = (given, "", "") if given.startswith(STORE) else given.partition(":")
     if not (file := place(path)).is_file():
         there = (str(other) for end in ("*.py", "*.json") for other in file.parent.glob(end))
-        raise BadInput(f"no config file {path}; nearest: {nearest(path, list(there))}")
+        near = nearest(path, there)
+        hint = f"nearest: {near}" if near != "nothing" else f"no .py or .json in {file.parent}"
+        raise BadInput(f"no config file {path}; {hint}")
     if in_store(file) and file.suffix != ".json":
         raise BadInput(f"{path}: of an object store only a run's run.json is read as a config")
     words = (word,) if word else ()

@@ -90,7 +90,7 @@ class Checkpoints:
 
     def require_new(self) -> None:
         """Raise BadInput if steps were saved here once, and all of them are set aside."""
-        if DAMAGED in storage.names(self.folder):
+        if storage.names(self.folder / DAMAGED):
             raise BadInput(
                 f"no step in {self.folder} is whole, see {DAMAGED}: a run never begins anew by "
                 "itself; give another --workdir"
@@ -395,8 +395,10 @@ def _load_verified(path: Place) -> dict[str, np.ndarray]:
     if not storage.there(path):
         there = sorted(file.name for file in path.parent.glob("*.safetensors"))
         raise BadInput(f"no frozen tree {path}; its folder holds: {there}")
-    content = path.read_bytes() if in_store(path) else b""
-    digest = hashlib.sha256(content).hexdigest()[:32] if content else storage.digest(path)
-    if digest != path.stem:
-        raise BadInput(f"frozen tree {path} is damaged: its content is not what it is named by")
-    return safetensors.numpy.load(content) if content else safetensors.numpy.load_file(path)
+    if in_store(path):
+        content = path.read_bytes()
+        if hashlib.sha256(content).hexdigest()[:32] == path.stem:
+            return safetensors.numpy.load(content)
+    elif _holds(path):
+        return safetensors.numpy.load_file(path)
+    raise BadInput(f"frozen tree {path} is damaged: its content is not what it is named by")

@@ -144,9 +144,9 @@ class Lock:
 
     def give_back(self) -> None:
         """Remove the lock, unless it was taken over."""
-        if storage.in_store(self.path):
+        if self.version:
             storage.discard(self.path, self.version)
-        elif self.holder() == self.mine:
+        elif not storage.in_store(self.path) and self.holder() == self.mine:
             storage.discard(self.path)
 
 

@@ -8,6 +8,7 @@ import atexit
 import functools
 import hashlib
 import json
+import logging
 import os
 import shutil
 import sys
@@ -83,6 +84,7 @@ def _store() -> Any:
         import gcsfs  # noqa: F401 - fsspec asks for it by name
     except ImportError:
         raise BadInput(f"{STORE} needs gcsfs: pip install 'tljax[gcs]'") from None
+    logging.getLogger("gcsfs").setLevel(logging.CRITICAL)  # it logs with a page what it raises, too
     # It would keep what it has listed for ever, and tensorstore writes behind its back.
     fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
     return fsspec.filesystem("gcs", finalize_on_close=True)

@@ -207,11 +207,12 @@ def train(
             signals.share(stack.enter_context(closing(meet())))
         with agreeing(BadInput, RunFailed), refusing(f"{folder} cannot be used"):
             require_room(experiment)
+            finished = there(folder / RESULT)
             if jax.process_index() == 0:
-                if not there(folder / RESULT):
+                if not finished:
                     stack.enter_context(locked(folder))
                 claim(experiment, folder, command)
-        if there(folder / RESULT):
+        if finished:
             print(f"{folder} is finished")
             return dict(json.loads((folder / RESULT).read_text()))
         with agreeing(RunFailed), refusing(f"{folder} cannot be written"):
