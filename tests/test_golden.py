@@ -66,5 +66,6 @@ def test_the_first_losses_of_a_recipe_are_what_they_were(recipe):
         known[recipe] = [round(loss, 6) for loss in found]
         FILE.write_text(json.dumps(dict(sorted(known.items())), indent=1) + "\n")
     assert recipe in known, f"{recipe} has no losses in {FILE.name}; see the top of this file"
-    # Another compiler rounds otherwise, and four steps enlarge that little.
-    np.testing.assert_allclose(found, known[recipe], rtol=2e-3, err_msg=__doc__)
+    # Two versions of XLA, with and without optimising, gave three recipes within 2e-7 of each
+    # other; the rest is room for other processors.
+    np.testing.assert_allclose(found, known[recipe], rtol=1e-4, err_msg=__doc__)
