@@ -120,6 +120,19 @@ def test_a_lock_of_another_host_is_kept_by_touching_it(tmp_path):
         assert json.loads(path.read_text())["pid"] == os.getpid()
 
 
+@pytest.mark.parametrize("content", [b"", bytes(50), b'{"host": "a', b"[]"])
+def test_a_lock_that_a_power_loss_left_is_taken_over_after_a_while(tmp_path, content):
+    path = tmp_path / lock.NAME
+    path.write_bytes(content)
+    with pytest.raises(BadInput, match="another process"), locked(tmp_path):
+        pass
+    old = time.time() - lock.STALE - 1
+    os.utime(path, (old, old))
+    with locked(tmp_path):
+        assert json.loads(path.read_text())["pid"] == os.getpid()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_run_whose_loss_is_never_finite_stops_and_names_the_examples(tmp_path, capsys):
     values = VALUES | {"optim": {"lr": 1e38, "clip": None}}
     values |= {"run": RUN | {"steps": 40, "log_every": 2, "max_skipped": 6, "eval_every": None}}

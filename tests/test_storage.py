@@ -77,7 +77,7 @@ def test_pathlib_would_make_a_path_of_an_address():
 @pytest.mark.parametrize("name", ["run[1]", "seed=*/run", "why?"])
 def test_a_run_whose_name_is_a_pattern_is_refused_before_it_is_built_upon(name, tmp_path, expected):
     """Orbax would look for its files by that pattern, and write a step that none can read."""
-    with pytest.raises(BadInput, match="in its name or above it"):
+    with pytest.raises(BadInput, match="in its path"):
         Checkpoints(tmp_path / name / "checkpoints", keep=1)
     assert main(["train", f"--config={expected[0]}", f"--workdir={tmp_path / name}"]) == 2
     assert not (tmp_path / name).exists()
@@ -299,12 +299,16 @@ def test_a_store_that_fails_for_a_while_is_asked_again(bucket, saved):
 
 def test_a_store_that_does_not_answer_is_no_damage(bucket, saved, monkeypatch):
     with contextlib.closing(Checkpoints(saved / "checkpoints", keep=2)) as checkpoints:
-        bucket.failing = ["401"] * 100  # asked once
-        with pytest.raises(RunFailed, match="cannot be read"):
+        bucket.failing = ["401"] * 1000  # asked once
+        with pytest.raises(RunFailed, match="cannot be listed"):
+            checkpoints.restore(abstract(make_state()))
+        monkeypatch.setattr(checkpoints, "steps", lambda: [3, 5])
+        with pytest.raises(RunFailed, match=r"step 5 in .* cannot be read"):
             checkpoints.restore(abstract(make_state()))
         with pytest.raises(storage.refusals()):
             checkpoints.check(5)
-    bucket.failing.clear()
+        bucket.failing.clear()
+        assert_same(checkpoints.restore(abstract(make_state())), make_state(5))
     assert storage.names(saved / "checkpoints") == {"3", "5"}
 
 

@@ -12,8 +12,10 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
@@ -26,7 +28,7 @@ import safetensors.numpy
 from jax.experimental import multihost_utils
 
 from tljax import manifest, storage
-from tljax.meeting import agreeing
+from tljax.meeting import agreeing, as_first
 from tljax.storage import Name, Place, in_store, place, run_folder, write_bytes, write_text
 from tljax.tree import flatten, join, unflatten
 from tljax.types import BadInput, RunFailed, Tree
@@ -90,7 +92,9 @@ class Checkpoints:
 
     def require_new(self) -> None:
         """Raise BadInput if steps were saved here once, and all of them are set aside."""
-        if storage.names(self.folder / DAMAGED):
+        with agreeing(RunFailed), refusing(f"{self.folder} cannot be listed"):
+            aside = storage.names(self.folder / DAMAGED)
+        if aside:
             raise BadInput(
                 f"no step in {self.folder} is whole, see {DAMAGED}: a run never begins anew by "
                 "itself; give another --workdir"
@@ -98,8 +102,13 @@ class Checkpoints:
 
     def latest(self) -> int | None:
         """Return the newest step, None if there is none; of several processes all ask."""
+        return max(self.agreed_steps(), default=None)
+
+    def agreed_steps(self) -> list[int]:
+        """List the steps as the first process finds them, in all of them."""
         with agreeing(RunFailed), refusing(f"{self.folder} cannot be listed"):
-            return max(self.steps(), default=None)
+            steps = self.steps() if jax.process_index() == 0 else []
+        return as_first(steps)
 
     def save(
         self,
@@ -114,7 +123,7 @@ class Checkpoints:
         Raises: RunFailed if the last save failed, or this one at once.
         """
         self.wait()
-        if step in self.steps():
+        if step in self.agreed_steps():
             return
         like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), state)
         told = {"step": step, "frozen": self._frozen, "score": score, "notes": dict(notes or {})}
@@ -123,6 +132,7 @@ class Checkpoints:
         with agreeing(RunFailed), self._saying():
             if jax.process_index() == 0:
                 storage.create(mark, b"")
+        with agreeing(RunFailed), self._saying():
             self._writer.save(self.folder / str(step), args=ocp.args.StandardSave(state))
 
         def complete() -> None:
@@ -176,8 +186,13 @@ class Checkpoints:
 
     def prune(self) -> list[int]:
         """Remove what is neither among the newest steps nor among the best; returns the steps."""
-        steps = self.steps()
-        scores = {step: x for step in steps if (x := self.told(step).get("score")) is not None}
+        steps, scores = self.steps(), {}
+        for step in steps:
+            try:
+                scores[step] = self.told(step).get("score")
+            except storage.refusals():  # not to be judged now: it stays
+                scores[step] = math.inf
+        scores = {step: score for step, score in scores.items() if score is not None}
         best = sorted(scores, key=lambda step: (scores[step], step))[
             max(len(scores) - self._best, 0) :
         ]
@@ -271,16 +286,15 @@ class Checkpoints:
     def _newest(self, read: Callable[[int, Mapping[str, Any]], Any]) -> Any:
         """Read the newest step; where it is damaged a writer sets it aside, and reads the next."""
         self.wait()
-        with agreeing(RunFailed), refusing(f"{self.folder} cannot be listed"):
-            steps = self.steps()
-        if not steps:
+        if not (steps := self.agreed_steps()):
             raise BadInput(f"no checkpoint in {self.folder}: nothing was saved yet")
         reasons = []
         for step in reversed(steps):
             try:
                 with agreeing(manifest.Damaged, RunFailed), self._refusing(step):
                     told = manifest.read(self.folder / str(step), files=jax.process_index() == 0)
-                with agreeing(manifest.Damaged, RunFailed), self._refusing(step):
+                # Orbax waits for all processes: what else goes wrong in one alone ends it.
+                with agreeing(manifest.Damaged), self._refusing(step):
                     return read(step, told)
             except BadInput as error:
                 raise BadInput(f"checkpoint of step {step} in {self.folder}: {error}") from None
@@ -298,7 +312,7 @@ class Checkpoints:
         raise BadInput("\n".join([*reasons, advice]))
 
     def _refusing(self, step: int) -> contextlib.AbstractContextManager[None]:
-        return refusing(f"checkpoint of step {step} in {self.folder} cannot be read")
+        return refusing(f"checkpoint of step {step} in {self.folder} cannot be read", ValueError)
 
     def set_aside(self, step: int, reason: str) -> None:
         """Move a step out of the way, write why, and say it."""
@@ -326,7 +340,7 @@ class Checkpoints:
         self._frozen = hashlib.sha256(content).hexdigest()[:32]
         path = self._frozen_file(self._frozen)
         with agreeing(RunFailed), refusing(f"the frozen tree cannot be saved in {path.parent}"):
-            if jax.process_index() == 0 and not _holds(path):
+            if jax.process_index() == 0 and not _holds(path, len(content)):
                 if storage.there(path):
                     print(f"{path} is damaged: written again", file=sys.stderr)
                 runs = () if in_store(path) else self.folder.parent.parent.glob("*/frozen")
@@ -340,14 +354,14 @@ class Checkpoints:
 
 
 @contextlib.contextmanager
-def refusing(what: str) -> Iterator[None]:
-    """Make an error of a disk, a store or a library that reads them a RunFailed that says what."""
+def refusing(what: str, *more: type[Exception]) -> Iterator[None]:
+    """Make an error of a disk or a store, or of more kinds, a RunFailed that says what."""
     try:
         yield
     except BadInput:
         raise
     except Exception as error:
-        if not isinstance(error, (*storage.refusals(), ValueError)):
+        if not isinstance(error, (*storage.refusals(), *more)):
             raise
         raise RunFailed(f"{what}: {first_line(error)}") from error
 
@@ -368,10 +382,10 @@ def read_tree(workdir: Name) -> Tree:
         return checkpoints.read()
 
 
-def _holds(path: Place) -> bool:
-    """Tell whether a file's content is what it is named by; a store's object is as written."""
+def _holds(path: Place, size: int = 0) -> bool:
+    """Tell whether a file's content is what it is named by; of a store's object, by its size."""
     if in_store(path):
-        return storage.there(path)
+        return storage.sizes(path.parent).get(path.name) == size
     try:
         return storage.digest(path) == path.stem
     except OSError:
@@ -395,10 +409,11 @@ def _load_verified(path: Place) -> dict[str, np.ndarray]:
     if not storage.there(path):
         there = sorted(file.name for file in path.parent.glob("*.safetensors"))
         raise BadInput(f"no frozen tree {path}; its folder holds: {there}")
-    if in_store(path):
-        content = path.read_bytes()
-        if hashlib.sha256(content).hexdigest()[:32] == path.stem:
-            return safetensors.numpy.load(content)
-    elif _holds(path):
-        return safetensors.numpy.load_file(path)
-    raise BadInput(f"frozen tree {path} is damaged: its content is not what it is named by")
+    with tempfile.TemporaryDirectory() as folder:
+        local = path
+        if in_store(path):  # from bytes, safetensors reads no bfloat16
+            local = place(folder) / path.name
+            local.write_bytes(path.read_bytes())
+        if not _holds(local):
+            raise BadInput(f"frozen tree {path} is damaged: its content is not what it is named by")
+        return safetensors.numpy.load_file(local)

@@ -55,7 +55,7 @@ def locked(workdir: Name) -> Iterator[None]:
         yield
     finally:
         ended.set()
-        beating.join()
+        beating.join(STALE)  # a store may not answer
         with suppress(*storage.refusals()):  # it is nobody's, or soon
             lock.give_back()
 
@@ -70,12 +70,16 @@ class Lock:
 
     def take(self) -> bool:
         """Create the file; tells whether it is this process's."""
-        created = storage.create(self.path, self._content())
-        # A store may have written, and its answer been lost.
-        if created or self.holder() == self.mine:
+        if not storage.in_store(self.path):
+            return storage.create(self.path, self._content())
+        return self._write("0")
+
+    def _write(self, seen: str | None) -> bool:
+        """Write a store's object if its version is what was seen; tells whether it is one's own."""
+        self.version = storage.write_if(self.path, self._content(), seen)
+        if not self.version and self.holder() == self.mine:  # written, and the answer was lost
             self.version = storage.version(self.path)
-            return True
-        return False
+        return bool(self.version)
 
     def _content(self) -> bytes:
         return json.dumps(self.mine).encode()
@@ -115,7 +119,7 @@ class Lock:
         gone = self.path.with_name(f"{NAME}.{os.getpid()}")
         with suppress(FileNotFoundError):  # another process was faster
             os.replace(self.path, gone)
-            if json.loads(gone.read_text() or "{}") == holder:
+            if Lock(gone, self.mine).holder() == holder:
                 gone.unlink()
             else:  # what was renamed is a new holder's
                 os.replace(gone, self.path)
@@ -123,7 +127,7 @@ class Lock:
     def beat(self, ended: threading.Event) -> None:
         """Renew the lock until the end; ends the process if it is another's."""
         while not ended.wait(BEAT):
-            with suppress(*storage.refusals()):  # it is tried again soon
+            with suppress(Exception):  # whatever a store answers: it is tried again soon
                 if not self.renew():
                     print(f"tljax: {self.path} was taken over; this process ends", file=sys.stderr)
                     sys.stderr.flush()
@@ -136,18 +140,15 @@ class Lock:
             if holder == self.mine:
                 os.utime(self.path)
             return holder in ({}, self.mine)
-        version = storage.write_if(self.path, self._content(), self.version)
-        if version is None and self.holder() == self.mine:
-            version = storage.version(self.path)  # written, and the answer was lost
-        self.version = version
-        return version is not None
+        return self._write(self.version)
 
     def give_back(self) -> None:
         """Remove the lock, unless it was taken over."""
-        if self.version:
-            storage.discard(self.path, self.version)
-        elif not storage.in_store(self.path) and self.holder() == self.mine:
-            storage.discard(self.path)
+        if not storage.in_store(self.path):
+            if self.holder() == self.mine:
+                storage.discard(self.path)
+        elif self.holder() == self.mine and (version := storage.version(self.path)):
+            storage.discard(self.path, version)
 
 
 def _space() -> str:

@@ -21,19 +21,32 @@ def agreeing(*kinds: type[Exception]) -> Iterator[None]:
     processes, or by some, and raises nothing else in one alone.
     """
     mine = np.zeros(1 + LONGEST, np.uint8)  # which kind, from 1, and its text
+    own: Exception | None = None
     try:
         yield
     except kinds as error:
         if jax.process_count() == 1:
             raise
+        own = error
         mine[0] = 1 + next(i for i, kind in enumerate(kinds) if isinstance(error, kind))
         text = str(error).encode()[:LONGEST]
         mine[1 : 1 + len(text)] = list(text)
     if jax.process_count() > 1:
         rows = multihost_utils.process_allgather(mine)
         if (met := np.flatnonzero(rows[:, 0])).size:
+            if own and met[0] == jax.process_index():
+                raise own
             which, text = int(rows[met[0], 0]) - 1, rows[met[0], 1:]
             raise kinds[which](bytes(text[text > 0]).decode(errors="replace"))
+
+
+def as_first(values: list[int]) -> list[int]:
+    """Return what the first process gives, in all of them: what one alone must decide."""
+    if jax.process_count() == 1:
+        return values
+    count = multihost_utils.broadcast_one_to_all(np.int32(len(values)))
+    mine = values if jax.process_index() == 0 else [0] * int(count)
+    return np.asarray(multihost_utils.broadcast_one_to_all(np.asarray(mine, np.int32))).tolist()
 
 
 class Meeting:

@@ -5,6 +5,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import make_dataclass
 from typing import Any
 
@@ -265,15 +266,16 @@ class Logger:
     def flush(self) -> None:
         """Bring all that was written to where the run is kept."""
         if self._active and storage.in_store(self._folder):
-            self._events.flush()
             storage.upload(self._local, self._folder, METRICS, EVENTS)
 
     def close(self) -> None:
-        """Close what is on this disk; safe to call twice."""
+        """Close what is on this disk, and flush if a store lets it; safe to call twice."""
         if self._active:
+            self._events.close()
+            with suppress(*storage.refusals()):
+                self.flush()
             self._active = False
             self._file.close()
-            self._events.close()
             self._bar.close()
 
 

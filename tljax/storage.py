@@ -151,11 +151,13 @@ def create(path: Place, content: bytes) -> bool:
     return True
 
 
-def write_if(path: Place, content: bytes, seen: str) -> str | None:
+def write_if(path: Place, content: bytes, seen: str | None) -> str | None:
     """Write an object of a store if its `version` is the one that was seen, "0" if it was absent.
 
     Returns its new version; None if it was another one, and nothing was written.
     """
+    if not seen:
+        return None
     bucket, key = _parts(path)
     uploads = f"{_store().base.replace('/storage/', '/upload/storage/')}b/{quote(bucket)}/o"
     query = {"uploadType": "media", "name": key, "ifGenerationMatch": seen}

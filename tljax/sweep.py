@@ -4,7 +4,7 @@ import itertools
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -80,18 +80,27 @@ def sweep(
     models = [config.model | {"read": read} for read in reads] or [config.model]
     parts = open_parts(config)
     built = [build(own.model_copy(update={"model": model}), parts) for model in models]
-    born = [experiment.birth(jax.random.key(config.seed)) for experiment in built]
+    with locked(folder) if jax.process_index() == 0 else nullcontext():
+        refuse(config, rates, decays, folder)  # nobody has been faster
+        trials, best = train_all(built, list(itertools.product(rates, decays)))
+        result = keep(best, folder, command)
+        write_json(folder / RESULT, result | {"seconds": time.perf_counter() - began})
+        return report(trials, best.trial, folder) | result
+
+
+def train_all(
+    built: Sequence[Experiment], pairs: Sequence[tuple[float, float]]
+) -> tuple[list[Trial], Ended]:
+    """Train every head of every depth; returns all trials, and the best of them."""
+    born = [each.birth(jax.random.key(each.config.seed)) for each in built]
     trees = [join(state.params, state.track, frozen) for state, frozen in born]
     trials: list[Trial] = []
     best: Ended | None = None
     for experiment, begun in zip(from_features(built, trees), born, strict=True):
-        for ended in train_heads(experiment, *begun, list(itertools.product(rates, decays))):
+        for ended in train_heads(experiment, *begun, pairs):
             trials.append(ended.trial)
             best = ended if best is None or ended.trial.value > best.trial.value else best
-    with locked(folder):
-        result = keep(best, folder, command)
-        write_json(folder / RESULT, result | {"seconds": time.perf_counter() - began})
-        return report(trials, best.trial, folder) | result
+    return trials, best
 
 
 def read_lists(lr: str, decay: str, read: str | None) -> tuple[list[float], list[float], list[str]]:

@@ -3,6 +3,7 @@
 import json
 import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import (
@@ -31,7 +32,7 @@ from tljax.evaluate import evaluate
 from tljax.intervals import Intervals, NotFinite, Spiked
 from tljax.layers import last_block
 from tljax.lock import locked
-from tljax.meeting import agreeing, meet
+from tljax.meeting import agreeing, as_first, meet
 from tljax.metrics import METRICS, Logger, parameter_table, role_counts, worth
 from tljax.objectives import passing
 from tljax.plan import compile_step, cost_of, describe, require_room
@@ -39,7 +40,16 @@ from tljax.preemption import Preempted, Signals
 from tljax.sharding import under
 from tljax.source import RECORD, RESULT, read_record
 from tljax.state import State
-from tljax.storage import Name, Place, make_folder, run_folder, there, write_json, write_text
+from tljax.storage import (
+    Name,
+    Place,
+    in_store,
+    make_folder,
+    run_folder,
+    there,
+    write_json,
+    write_text,
+)
 from tljax.tree import flatten, join, unflatten
 from tljax.types import BadInput, Batch, RunFailed, Tree
 
@@ -205,18 +215,20 @@ def train(
     with ExitStack() as stack:
         if jax.process_count() > 1:
             signals.share(stack.enter_context(closing(meet())))
-        with agreeing(BadInput, RunFailed), refusing(f"{folder} cannot be used"):
-            require_room(experiment)
-            finished = there(folder / RESULT)
+        require_room(experiment)
+        finished, odd = False, (ValueError,) if in_store(folder) else ()  # gcsfs: no such name
+        with agreeing(BadInput, RunFailed), refusing(f"{folder} cannot be used", *odd):
             if jax.process_index() == 0:
-                if not finished:
+                if not there(folder / RESULT):
                     stack.enter_context(locked(folder))
+                finished = there(folder / RESULT)
                 claim(experiment, folder, command)
-        if finished:
+        if any(as_first([finished])):
             print(f"{folder} is finished")
             return dict(json.loads((folder / RESULT).read_text()))
+        every_leaf = tables(experiment) + "\n"
         with agreeing(RunFailed), refusing(f"{folder} cannot be written"):
-            write_text(folder / TABLES, tables(experiment) + "\n")
+            write_text(folder / TABLES, every_leaf)
         print(f"{summary(experiment)}\nevery leaf: {folder / TABLES}")
         checkpoints = Checkpoints(folder / "checkpoints", run.keep, run.keep_best)
         stack.enter_context(closing(checkpoints))
@@ -270,7 +282,9 @@ def go_on(
             logger.flush()
 
     again = not notes.get("evaluated", True)  # a signal came in the middle of it
-    with closing(Logger(workdir, run.steps, step or None, again)) as logger:
+    with agreeing(RunFailed), refusing(f"the log of {workdir} cannot be opened"):
+        logger = Logger(workdir, run.steps, step or None, again)
+    with closing(logger):
         intervals = Intervals(logger, run, notes)
         try:
             if again:
@@ -302,9 +316,12 @@ def go_on(
             with suppress(Spiked):  # which is seen again when the run goes on, as NotFinite is
                 with suppress(NotFinite):
                     intervals.flush()
+                try:
+                    flush()
+                except RunFailed as error:  # the state is worth more
+                    print(f"tljax: {error}", file=sys.stderr)
                 checkpoints.save(step, state, None, intervals.notes() | {"evaluated": evaluated})
             checkpoints.wait()
-            flush()  # at last: time may be short
             raise
         except NotFinite as end:
             first = end.step - end.count + int(state.data_offset)
@@ -317,7 +334,7 @@ def go_on(
 def rewind(experiment: Experiment, checkpoints: Checkpoints, spike: Spiked) -> State:
     """Go back to the last save before a spike of the loss, and skip the batches since then."""
     checkpoints.wait()
-    steps = checkpoints.steps()
+    steps = checkpoints.agreed_steps()
     if not any(step <= spike.good for step in steps):
         raise RunFailed(
             f"the loss rose suddenly by step {spike.step}, and nothing that was saved before is "
