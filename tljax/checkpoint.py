@@ -12,7 +12,6 @@ import contextlib
 import errno
 import hashlib
 import json
-import math
 import os
 import sys
 import tempfile
@@ -186,17 +185,16 @@ class Checkpoints:
 
     def prune(self) -> list[int]:
         """Remove what is neither among the newest steps nor among the best; returns the steps."""
-        steps, scores = self.steps(), {}
+        steps, scores, kept = self.steps(), {}, set()
         for step in steps:
             try:
-                scores[step] = self.told(step).get("score")
-            except storage.refusals():  # not to be judged now: it stays
-                scores[step] = math.inf
-        scores = {step: score for step, score in scores.items() if score is not None}
-        best = sorted(scores, key=lambda step: (scores[step], step))[
-            max(len(scores) - self._best, 0) :
-        ]
-        gone = [step for step in steps[: -(self._keep or len(steps))] if step not in best]
+                if (score := self.told(step).get("score")) is not None:
+                    scores[step] = score
+            except storage.refusals():  # not to be judged now
+                kept.add(step)
+        ranked = sorted(scores, key=lambda step: (scores[step], step))
+        kept.update(ranked[max(len(ranked) - self._best, 0) :])
+        gone = [step for step in steps[: -(self._keep or len(steps))] if step not in kept]
         for step in gone:
             self.remove(step)
         return gone
