@@ -141,8 +141,11 @@ def test_of_many_one_creates_an_object(home):
 
 @pytest.mark.parametrize(
     "how",
-    [(kill_at, (7,)), (kill_in_save, (1, 0.05)), (kill_in_save, (3, 0.15))],
-    ids=["in a step", "in the first save", "in the third save"],
+    [
+        pytest.param((kill_at, (7,)), id="in a step", marks=pytest.mark.slow),
+        pytest.param((kill_in_save, (1, 0.05)), id="in the first save", marks=pytest.mark.slow),
+        pytest.param((kill_in_save, (3, 0.15)), id="in the third save"),
+    ],
 )
 def test_a_run_that_is_killed_ends_as_the_one_on_a_disk(how, bucket, expected, home, tmp_path):
     home = place(f"gs://bucket/killed/{how[0].__name__}-{how[1][0]}")
