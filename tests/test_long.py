@@ -23,6 +23,8 @@ def test_memory_does_not_grow_and_nothing_is_compiled_again(tmp_path):
     held = {step: size for kind, step, size in lines if kind == "bytes"}
     # The allocator's own hoards settle within some evaluations and saves.
     assert held[3000] < 1.03 * held[500], held
-    programs = [name for kind, step, name in lines if kind == "compiled" and step > 2]
-    assert "jit(step)" not in programs
-    assert len(programs) == len(set(programs)), programs
+    compiled = [(step, name) for kind, step, name in lines if kind == "compiled"]
+    assert not [name for step, name in compiled if step > 2 and name == "jit(step)"]
+    # At the first evaluation and save, each part of a replicated leaf that a device writes is cut
+    # out by a program of its own; then there is nothing left to compile.
+    assert not [name for step, name in compiled if step > STEPS["save_every"]]
