@@ -86,7 +86,7 @@ def prune(run: Name, keep: int, best: int) -> str:
     Raises: RunFailed if the newest one is damaged: nothing is removed then.
     """
     opened(run).close()
-    with locked(place(run)), contextlib.closing(opened(run, keep, best)) as checkpoints:
+    with locked(run), contextlib.closing(opened(run, keep, best)) as checkpoints:
         newest = checkpoints.latest()
         if newest is not None and (wrong := checkpoints.check(newest)):
             raise RunFailed(f"nothing is removed: the newest step, {newest}, is damaged: {wrong}")

@@ -98,11 +98,11 @@ def plain(tree: Tree) -> Tree:
 def open_run(workdir: Name) -> Source:
     """Open a finished run as a source of weights, with its preprocessing and labels."""
     record = read_record(workdir)
-    facts, result = record["model"], Path(storage.fetched(place(workdir), RESULT)) / RESULT
+    facts, result = record["model"], storage.fetched(place(workdir), RESULT) / RESULT
     if not result.is_file():
         raise BadInput(f"the run in {workdir} is not finished: go on with it first")
     if not isinstance((scores := read_json(result)).get("test"), dict):
-        raise BadInput(f"{result} is damaged: it has no test metrics")
+        raise BadInput(f"{RESULT} of {workdir} is damaged: it has no test metrics")
     tree = plain(read_tree(workdir))
     choose(MODELS, facts["name"], f"{workdir}: model.name")
     return Source(
